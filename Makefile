@@ -1,0 +1,31 @@
+# PGXS build of migrate_ext: `make && make install && make installcheck`.
+# Everything else (private servers, TAP, pgTAP, checks of the rules) is `bash test/run`.
+EXTENSION = migrate_ext
+EXTVERSION = 0.1.0
+MODULE_big = migrate_ext
+OBJS = $(patsubst %.cpp,%.o,$(sort $(wildcard src/*.cpp)))
+
+# The extension script is kept in parts by theme; make joins them in the order of their numbers.
+SCRIPT_PARTS = $(sort $(wildcard sql/extension/*.sql))
+DATA_built = $(EXTENSION)--$(EXTVERSION).sql
+
+# Each test of sql/*.sql is named here, in the order they run (test/run checks that none is left out).
+REGRESS = install
+REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext
+
+PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-unused-parameter \
+	-Wno-missing-field-initializers -MMD -MP -isystem $(shell $(PG_CONFIG) --includedir-server)
+
+EXTRA_CLEAN = src/*.d src/*.bc $(EXTENSION)--$(EXTVERSION).sql
+
+PG_CONFIG ?= pg_config
+PGXS := $(shell $(PG_CONFIG) --pgxs)
+include $(PGXS)
+
+# PGXS's bitcode rule does not read PG_CXXFLAGS.
+override BITCODE_CXXFLAGS += $(filter-out -MMD -MP,$(PG_CXXFLAGS))
+# No C++ runtime is needed: link as C, so that the library does not depend on libstdc++.
+-include $(OBJS:.o=.d)
+
+$(EXTENSION)--$(EXTVERSION).sql: $(SCRIPT_PARTS)
+	cat $(SCRIPT_PARTS) > $@

@@ -1,0 +1,183 @@
+-- State. It lives in logged tables, so that it survives a crash, a failover and a promotion.
+-- Nobody but the extension's owner may touch these tables: a row here is code to run. Users see the views of 80_views.sql.
+
+CREATE TABLE migrate._phase_move (
+    from_phase text NOT NULL,
+    to_phase   text NOT NULL,
+    why        text NOT NULL,
+    PRIMARY KEY (from_phase, to_phase)
+);
+COMMENT ON TABLE migrate._phase_move IS 'the legal moves between phases; _move() makes no other';
+INSERT INTO migrate._phase_move VALUES
+    ('planned',      'dual_writing', 'start'),
+    ('dual_writing', 'backfilling',  'the upper bound of the work is known'),
+    ('backfilling',  'validating',   'every range is copied and the re-queue is empty'),
+    ('validating',   'shadowing',    'both sides are equal'),
+    ('shadowing',    'ready',        'shadow reads agree, or none were asked for'),
+    ('ready',        'validating',   'a gap in the dual writes was noticed'),
+    ('shadowing',    'validating',   'a gap in the dual writes was noticed'),
+    ('ready',        'cut_over',     'cutover'),
+    ('cut_over',     'ready',        'rollback'),
+    ('cut_over',     'finalized',    'finalize'),
+    ('planned',      'cancelled',    'cancel'),
+    ('dual_writing', 'cancelled',    'cancel'),
+    ('backfilling',  'cancelled',    'cancel'),
+    ('validating',   'cancelled',    'cancel'),
+    ('shadowing',    'cancelled',    'cancel'),
+    ('ready',        'cancelled',    'cancel');
+
+CREATE TABLE migrate._migration (
+    id             integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    name           text NOT NULL UNIQUE CHECK (name <> '' AND octet_length(name) <= 63),
+    owner          regrole NOT NULL,
+    phase          text NOT NULL DEFAULT 'planned' CHECK (phase IN ('planned', 'dual_writing', 'backfilling', 'validating',
+                       'shadowing', 'ready', 'cut_over', 'finalized', 'cancelled')),
+    phase_since    timestamptz NOT NULL DEFAULT now(),
+    paused_since   timestamptz,
+    paused_reason  text,
+    failed_since   timestamptz,
+    failed_reason  text,
+    throttled_since  timestamptz,
+    throttled_reason text,
+    system_identifier bigint NOT NULL,
+    database_oid   oid NOT NULL,
+    started_at     timestamptz,
+    backfilled_at  timestamptz,
+    cut_over_at    timestamptz,
+    both_directions boolean NOT NULL DEFAULT false,
+    batch_rows     integer,
+    CHECK ((paused_since IS NULL) = (paused_reason IS NULL)),
+    CHECK ((failed_since IS NULL) = (failed_reason IS NULL))
+);
+COMMENT ON TABLE migrate._migration IS
+    'one row a migration; phase is the only truth about which side serves: the target in cut_over and finalized, else the source';
+COMMENT ON COLUMN migrate._migration.system_identifier IS 'where it runs: a clone has another identifier or database and comes up paused';
+COMMENT ON COLUMN migrate._migration.both_directions IS 'reverse dual-write triggers exist too: from the first cutover until finalize';
+COMMENT ON COLUMN migrate._migration.batch_rows IS 'the adaptive batch size the worker has reached';
+
+CREATE TABLE migrate._option (
+    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    name      text NOT NULL,
+    value     text NOT NULL,
+    expires_at timestamptz,
+    PRIMARY KEY (migration, name)
+);
+COMMENT ON COLUMN migrate._option.expires_at IS 'a throttle set by throttle(… , for_time) ends by itself then';
+
+CREATE TABLE migrate._flow (
+    id        integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    name      text NOT NULL,
+    source    regclass NOT NULL,
+    target    regclass NOT NULL,
+    mapping   text,
+    filter    text,
+    reverse   text,
+    on_target_delete text CHECK (on_target_delete IN ('delete', 'keep')),
+    not_carried text[] NOT NULL DEFAULT '{}',
+    reverse_gaps text[] NOT NULL DEFAULT '{}',
+    fingerprint text,
+    UNIQUE (migration, name)
+);
+COMMENT ON TABLE migrate._flow IS 'one source to one target; the texts are what the user gave, kept to recognize the same definition again: what runs is the view of _mapping';
+COMMENT ON COLUMN migrate._flow.not_carried IS 'source columns that no target column is computed from';
+COMMENT ON COLUMN migrate._flow.reverse_gaps IS 'why writes to the target cannot (wholly) be carried back, one sentence each';
+COMMENT ON COLUMN migrate._flow.fingerprint IS '_fingerprint() as it was when the dual writes were last known to be without a gap';
+
+-- A flow has a mapping in the direction 'forward' (origin = source, dest = target) and, where one can be had, in the direction
+-- 'reverse' (origin = target, dest = source). The primitive of src/flow.cpp knows nothing but this row.
+-- The arrays key_* are aligned: one element for each column of dest's key index.
+CREATE TABLE migrate._mapping (
+    flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    direction  text NOT NULL CHECK (direction IN ('forward', 'reverse')),
+    view       regclass NOT NULL,
+    origin     regclass NOT NULL,
+    dest       regclass NOT NULL,
+    columns    int2[] NOT NULL,
+    reads      int2[] NOT NULL,
+    key_index  regclass NOT NULL,
+    key_dest   int2[] NOT NULL,
+    key_view   int2[] NOT NULL,
+    key_origin int2[] NOT NULL,
+    key_const  text[] NOT NULL,
+    filtered   boolean NOT NULL,
+    plain      boolean NOT NULL,
+    PRIMARY KEY (flow, direction)
+);
+COMMENT ON TABLE migrate._mapping IS 'the mapping view of a flow in one direction, and how its columns lie on origin and dest';
+COMMENT ON COLUMN migrate._mapping.columns IS 'attribute number in dest of each column of the view';
+COMMENT ON COLUMN migrate._mapping.reads IS 'attribute numbers of origin that the view reads; {0}: all (a whole-row reference)';
+COMMENT ON COLUMN migrate._mapping.plain IS 'every column is a bare column or a constant: no expression that could raise an error';
+COMMENT ON COLUMN migrate._mapping.key_index IS 'the unique index of dest that upserts arbitrate on';
+COMMENT ON COLUMN migrate._mapping.key_view IS 'position in the view of each key column';
+COMMENT ON COLUMN migrate._mapping.key_origin IS 'attribute number in origin of each key column that is mapped bare; 0 where it is a constant';
+COMMENT ON COLUMN migrate._mapping.key_const IS 'the constant (as text of dest''s type) of each key column that is one, else NULL';
+
+CREATE TABLE migrate._view (
+    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    flow      integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    view      regclass NOT NULL,
+    shape     text NOT NULL CHECK (shape IN ('target', 'source')),
+    created   boolean NOT NULL,
+    aside     text,
+    PRIMARY KEY (migration, view)
+);
+COMMENT ON TABLE migrate._view IS 'views that cutover switches (add_view)';
+COMMENT ON COLUMN migrate._view.aside IS 'shape source: the name under which the source table steps aside';
+
+CREATE TABLE migrate._range (
+    flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    ordinal    integer NOT NULL,
+    low        text[],
+    high       text[],
+    checkpoint text[],
+    done       boolean NOT NULL DEFAULT false,
+    rows_done  bigint NOT NULL DEFAULT 0,
+    row_limit  integer,
+    not_before timestamptz,
+    PRIMARY KEY (flow, ordinal)
+);
+COMMENT ON TABLE migrate._range IS 'the backfill''s ledger: key ranges (low, high], which together cover the source''s key space without a gap';
+COMMENT ON COLUMN migrate._range.checkpoint IS 'every key of the range up to and including this one is copied, re-queued or in _failure';
+COMMENT ON COLUMN migrate._range.row_limit IS 'a failed batch is being halved: the next batch takes at most so many rows';
+
+CREATE TABLE migrate._requeue (
+    flow integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    key  text[] NOT NULL,
+    at   timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX ON migrate._requeue (flow);
+COMMENT ON TABLE migrate._requeue IS 'keys that a batch skipped because the application held their row lock';
+
+-- Append-only for writers: no unique key, for a conflict here would be a new error in the application's transaction.
+CREATE TABLE migrate._failure (
+    id         bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    flow       integer NOT NULL,
+    direction  text NOT NULL,
+    key        text[] NOT NULL,
+    sqlstate   text NOT NULL,
+    object     text,
+    origin     text NOT NULL,
+    attempts   integer NOT NULL DEFAULT 1,
+    first_at   timestamptz NOT NULL DEFAULT now(),
+    retry_at   timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX ON migrate._failure (flow, direction);
+COMMENT ON TABLE migrate._failure IS 'keys whose dual write or copy could not be applied; key and SQLSTATE only, never the row';
+COMMENT ON COLUMN migrate._failure.object IS 'the constraint or column that refused it, where the error names one';
+COMMENT ON COLUMN migrate._failure.origin IS 'dual_write or backfill';
+
+CREATE TABLE migrate._event (
+    id        bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+    at        timestamptz NOT NULL DEFAULT clock_timestamp(),
+    migration integer NOT NULL,
+    name      text NOT NULL,
+    owner     regrole NOT NULL,
+    by        text NOT NULL,
+    kind      text NOT NULL,
+    from_phase text,
+    to_phase  text,
+    why       text
+);
+CREATE INDEX ON migrate._event (migration, id);
+COMMENT ON TABLE migrate._event IS 'append-only: who, when, from, to, why; kept after drop()';

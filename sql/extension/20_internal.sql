@@ -1,0 +1,92 @@
+-- What every verb needs: find the migration, check who asks, move between phases, write events.
+-- Internal functions begin with _ and are revoked from PUBLIC (90_grants.sql). They run as the extension's owner with
+-- search_path = pg_catalog, pg_temp, set by the bracket in src/verb.cpp; `caller` is the role that called the public verb.
+
+-- Raises; the one place that gives an error its SQLSTATE, DETAIL and HINT ('' for none). It leaves out the context: where in
+-- our SQL a user's mistake was noticed does not help the user.
+CREATE FUNCTION migrate._raise(sqlstate text, message text, detail text DEFAULT '', hint text DEFAULT '') RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_raise';
+
+CREATE FUNCTION migrate._table_owner(relation regclass) RETURNS regrole
+LANGUAGE sql STABLE AS $$ SELECT relowner::regrole FROM pg_catalog.pg_class WHERE oid = relation $$;
+
+-- The migration called `name`, locked against every other verb and against the worker's current batch until the transaction
+-- ends; raises unless `caller` is a member of its owner and still a member of the owners of all its tables.
+CREATE FUNCTION migrate._lock(caller regrole, name text) RETURNS migrate._migration
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+    f record;
+BEGIN
+    SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
+    IF NOT FOUND OR NOT pg_has_role(caller, m.owner, 'MEMBER') THEN
+        PERFORM migrate._raise('42704', format('migration "%s" does not exist', name), '',
+            'SELECT name, phase FROM migrate.migration; lists yours.');
+    END IF;
+    FOR f IN SELECT c.oid::regclass AS relation, c.relowner FROM migrate._flow w JOIN pg_class c ON c.oid IN (w.source, w.target)
+             WHERE w.migration = m.id LOOP
+        PERFORM migrate._require_member(caller, f.relation);
+    END LOOP;
+    RETURN m;
+END $$;
+
+-- Raises 42501 unless caller is a member of the relation's owner.
+CREATE FUNCTION migrate._require_member(caller regrole, relation regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    IF NOT pg_has_role(caller, migrate._table_owner(relation), 'MEMBER') THEN
+        PERFORM migrate._raise('42501', format('role %s does not own table %s', caller, relation),
+            format('Its owner is %s. The extension copies rows and adds triggers for the owner alone.', migrate._table_owner(relation)),
+            format('Call this as that role, or as a member of it: SET ROLE %s;', migrate._table_owner(relation)));
+    END IF;
+END $$;
+
+-- Appends an event and notifies channel "migrate" with it as JSON.
+CREATE FUNCTION migrate._event(m migrate._migration, caller regrole, kind text, why text DEFAULT NULL,
+                               from_phase text DEFAULT NULL, to_phase text DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    e migrate._event;
+BEGIN
+    INSERT INTO migrate._event (migration, name, owner, by, kind, from_phase, to_phase, why)
+    VALUES (m.id, m.name, m.owner, coalesce(caller::text, 'worker'), kind, from_phase, to_phase, why) RETURNING * INTO e;
+    -- A payload must stay under 8000 bytes.
+    PERFORM pg_notify('migrate', (to_jsonb(e) || jsonb_build_object('why', left(e.why, 1000)))::text);
+END $$;
+
+-- Moves from one phase to the next by compare-and-swap, with its event. Returns the new row; raises when the migration is
+-- in another phase by now or the move is not one of _phase_move.
+CREATE FUNCTION migrate._move(m migrate._migration, caller regrole, to_phase text, why text) RETURNS migrate._migration
+LANGUAGE plpgsql AS $$
+DECLARE
+    moved migrate._migration;
+BEGIN
+    IF NOT EXISTS (SELECT FROM migrate._phase_move p WHERE p.from_phase = m.phase AND p.to_phase = _move.to_phase) THEN
+        PERFORM migrate._raise('55000', format('migration "%s" cannot go from %s to %s', m.name, m.phase, to_phase));
+    END IF;
+    UPDATE migrate._migration x SET phase = _move.to_phase, phase_since = clock_timestamp()
+    WHERE x.id = m.id AND x.phase = m.phase RETURNING * INTO moved;
+    IF NOT FOUND THEN
+        PERFORM migrate._raise('55000', format('migration "%s" has left phase %s meanwhile', m.name, m.phase));
+    END IF;
+    PERFORM migrate._event(moved, caller, 'phase', why, m.phase, to_phase);
+    RETURN moved;
+END $$;
+
+-- The non-constant part of a mapping's key, aligned: names and types on both sides.
+CREATE FUNCTION migrate._key(flow integer, direction text, OUT ordinal integer, OUT origin_column name, OUT origin_type text,
+                             OUT view_column name, OUT dest_column name, OUT dest_type text) RETURNS SETOF record
+LANGUAGE sql STABLE AS $$
+    SELECT (row_number() OVER (ORDER BY k.i))::int, o.attname, format_type(o.atttypid, o.atttypmod), v.attname, d.attname,
+           format_type(d.atttypid, d.atttypmod)
+    FROM migrate._mapping m CROSS JOIN LATERAL generate_subscripts(m.key_dest, 1) AS k(i)
+    JOIN pg_attribute o ON o.attrelid = m.origin AND o.attnum = m.key_origin[k.i]
+    JOIN pg_attribute v ON v.attrelid = m.view AND v.attnum = m.key_view[k.i]
+    JOIN pg_attribute d ON d.attrelid = m.dest AND d.attnum = m.key_dest[k.i]
+    WHERE m.flow = _key.flow AND m.direction = _key.direction AND m.key_origin[k.i] > 0
+$$;
+
+-- Runs one query as `role` in a restricted context (see security rules in README) and gives each row as text[].
+-- For everything that evaluates user code or reads user data; the query's values are passed as params, never pasted.
+CREATE FUNCTION migrate._as(role regrole, query text, VARIADIC params text[] DEFAULT '{}') RETURNS SETOF text[]
+LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_as';

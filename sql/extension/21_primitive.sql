@@ -1,0 +1,45 @@
+-- The primitive (src/flow.cpp) and what it needs to know of a mapping.
+
+CREATE FUNCTION migrate._apply_keys(flow integer, direction text, keys text[]) RETURNS text[]
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_apply_keys';
+COMMENT ON FUNCTION migrate._apply_keys IS
+    'makes the rows of these keys (2-D) equal to the mapping, under row locks; gives the keys locked by others, or NULL';
+
+CREATE FUNCTION migrate._apply_range(flow integer, low text[], high text[], max_rows integer, OUT rows_done bigint,
+                                     OUT rows_written bigint, OUT reached text[], OUT skipped text[])
+LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_apply_range';
+COMMENT ON FUNCTION migrate._apply_range IS
+    'copies the next max_rows rows of (low, high] in key order; reached: the last key considered (NULL: the range is exhausted); skipped: keys (2-D) of locked rows';
+
+CREATE FUNCTION migrate._invalidate(relation regclass) RETURNS void
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_invalidate';
+COMMENT ON FUNCTION migrate._invalidate IS 'makes every backend read the mappings of this table again';
+
+-- Whether a column of the mapping view cannot be NULL: a key column, or a bare NOT NULL column of origin of the same name.
+CREATE FUNCTION migrate._never_null(mapping migrate._mapping, view_column int2) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT view_column = ANY (mapping.key_view)
+        OR mapping.plain AND NOT EXISTS (SELECT FROM pg_attribute o WHERE o.attrelid = mapping.origin AND o.attnum = ANY (mapping.reads) AND NOT o.attnotnull)
+$$;
+
+-- Whether an upsert into, or a delete from, the mapping's dest could be refused by anything at all. Where it could not, best
+-- effort needs no subtransaction.
+CREATE FUNCTION migrate._may_fail(mapping migrate._mapping, OUT upsert_may_fail boolean, OUT delete_may_fail boolean)
+LANGUAGE sql STABLE AS $$
+    SELECT NOT mapping.plain
+        OR (SELECT relkind <> 'r' FROM pg_class WHERE oid = mapping.dest)
+        OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = mapping.dest AND contype IN ('c', 'f', 'x', 't'))
+        OR EXISTS (SELECT FROM pg_index WHERE indrelid = mapping.dest AND indexrelid <> mapping.key_index AND (indisunique OR indisexclusion OR indexprs IS NOT NULL OR indpred IS NOT NULL))
+        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 28 <> 8)
+        OR EXISTS (SELECT FROM pg_attribute d
+                   LEFT JOIN LATERAL (SELECT v.* FROM pg_attribute v
+                                      WHERE v.attrelid = mapping.view AND v.attnum = array_position(mapping.columns, d.attnum)) v ON true
+                   LEFT JOIN pg_type t ON t.oid = d.atttypid
+                   WHERE d.attrelid = mapping.dest AND d.attnum > 0 AND NOT d.attisdropped
+                     AND (d.attgenerated <> '' OR t.typtype = 'd'
+                          OR (v.attnum IS NULL AND d.attnotnull AND NOT d.atthasdef AND d.attidentity = '')
+                          OR (v.attnum IS NOT NULL AND (d.atttypid <> v.atttypid OR (d.atttypmod <> v.atttypmod AND d.atttypmod <> -1)))
+                          OR (v.attnum IS NOT NULL AND d.attnotnull AND NOT migrate._never_null(mapping, v.attnum)))),
+        EXISTS (SELECT FROM pg_constraint WHERE confrelid = mapping.dest AND contype = 'f')
+        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 8 <> 0)
+$$;

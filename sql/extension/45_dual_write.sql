@@ -1,0 +1,106 @@
+-- The dual-write triggers and start.
+
+CREATE FUNCTION migrate._dual_write_row() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_row';
+CREATE FUNCTION migrate._dual_write_flush() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_flush';
+CREATE FUNCTION migrate._dual_write_truncate() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_truncate';
+
+-- A table, then its partitions of every depth. Row triggers are cloned to partitions by PostgreSQL; statement triggers are not.
+CREATE FUNCTION migrate._partition_tree(relation regclass) RETURNS SETOF regclass
+LANGUAGE sql STABLE AS $$
+    SELECT relation UNION ALL SELECT relid FROM pg_partition_tree(relation) WHERE relid <> relation
+$$;
+
+-- Row triggers sort before RI_ConstraintTrigger_…, so that a foreign key from dest to origin finds dest's row gone already.
+-- ENABLE ALWAYS: a logical replication apply worker writes as session_replication_role = replica.
+CREATE FUNCTION migrate._create_triggers(m migrate._migration, direction text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+    r regclass;
+    t text;
+    kind text;
+BEGIN
+    FOR x IN SELECT p.* FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m.id AND p.direction = _create_triggers.direction ORDER BY p.flow LOOP
+        FOR r IN SELECT * FROM migrate._partition_tree(x.origin) LOOP
+            FOREACH kind IN ARRAY ARRAY['row', 'flush', 'truncate'] LOOP
+                t := format('MIGRATE_%s_%s_%s', x.flow, direction, kind);
+                IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r AND tgname = t) THEN
+                    EXECUTE format('CREATE TRIGGER %I AFTER %s ON %s FOR EACH %s EXECUTE FUNCTION migrate._dual_write_%s(%L, %L)', t,
+                        CASE kind WHEN 'truncate' THEN 'TRUNCATE' ELSE 'INSERT OR UPDATE OR DELETE' END, r,
+                        CASE kind WHEN 'row' THEN 'ROW' ELSE 'STATEMENT' END, kind, x.flow, direction);
+                END IF;
+                EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', r, t);
+            END LOOP;
+        END LOOP;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION migrate._drop_triggers(m migrate._migration, direction text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT g.tgname, g.tgrelid::regclass AS relation FROM pg_trigger g
+             JOIN migrate._mapping p ON g.tgname IN (format('MIGRATE_%s_%s_row', p.flow, p.direction), format('MIGRATE_%s_%s_flush', p.flow, p.direction), format('MIGRATE_%s_%s_truncate', p.flow, p.direction))
+             JOIN migrate._flow f ON f.id = p.flow
+             WHERE f.migration = m.id AND p.direction = _drop_triggers.direction AND g.tgparentid = 0 AND NOT g.tgisinternal LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', t.tgname, t.relation);
+    END LOOP;
+END $$;
+
+-- What must not change while the dual writes are to be without a gap: our triggers (a disabled and re-enabled one has another
+-- xmin) and the partitions they stand on. NULL where a trigger is missing or does not fire always.
+CREATE FUNCTION migrate._fingerprint(flow integer) RETURNS text
+LANGUAGE sql STABLE AS $$
+    WITH wanted AS (
+        SELECT r AS relation, format('MIGRATE_%s_%s_%s', p.flow, p.direction, kind) AS name
+        FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration
+        JOIN migrate._mapping p ON p.flow = f.id AND (p.direction = 'forward' OR m.both_directions),
+            LATERAL migrate._partition_tree(p.origin) r, unnest(ARRAY['row', 'flush', 'truncate']) kind
+        WHERE f.id = _fingerprint.flow)
+    SELECT CASE WHEN count(*) = count(t.oid) THEN md5(string_agg(format('%s %s %s %s', w.relation::oid, w.name, t.xmin, i.xmin), ',' ORDER BY w.relation::oid, w.name)) END
+    FROM wanted w
+    LEFT JOIN pg_trigger t ON t.tgrelid = w.relation AND t.tgname = w.name AND t.tgenabled = 'A'
+    LEFT JOIN pg_inherits i ON i.inhrelid = w.relation
+$$;
+
+-- The dual writes of this migration are without a gap from now on.
+CREATE FUNCTION migrate._note_fingerprints(m migrate._migration) RETURNS void
+LANGUAGE sql AS $$
+    UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.migration = m.id
+$$;
+
+-- Turns the forward dual writes on. The caller holds SHARE ROW EXCLUSIVE on every source: no writer is under way.
+CREATE FUNCTION migrate._arm(m_id integer) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+BEGIN
+    SELECT * INTO m FROM migrate._migration WHERE id = m_id;
+    PERFORM migrate._create_triggers(m, 'forward');
+    PERFORM migrate._note_fingerprints(m);
+    RETURN 'armed';
+END $$;
+
+CREATE FUNCTION migrate._start(caller regrole, name text) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration := migrate._lock(caller, name);
+    tables regclass[];
+BEGIN
+    IF m.phase IN ('cancelled', 'finalized') THEN
+        PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, m.phase), '', format('To run it again: SELECT migrate.drop(%L); and define it anew.', m.name));
+    ELSIF m.phase <> 'planned' THEN
+        RAISE NOTICE 'migration "%" is already started (%)', m.name, m.phase;
+        PERFORM migrate._launch(m);
+        RETURN format('%s -> %s', m.phase, m.phase);
+    END IF;
+    PERFORM migrate._preflight_errors(m.id);
+    SELECT array_agg(DISTINCT r ORDER BY r) INTO tables FROM migrate._flow f, LATERAL migrate._partition_tree(f.source) r WHERE f.migration = m.id;
+    PERFORM migrate._under_locks(m, caller, 'start', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
+        format('SELECT migrate._arm(%s)', m.id), clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
+    UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;
+    m := migrate._move(m, caller, 'dual_writing', 'start');
+    PERFORM migrate._launch(m);
+    RETURN 'planned -> dual_writing';
+END $$;

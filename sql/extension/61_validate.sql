@@ -1,0 +1,743 @@
+-- Validation: is every row of the side that follows what the mapping makes of the side that serves? It shares no code with the
+-- copying (src/flow.cpp): it has its own SQL, and its own image of a value (src/image.cpp).
+-- "Expected" is the mapping view, "actual" the table it feeds. Both sides of a comparison are read by one statement, so in one
+-- snapshot: dual writes commit with what they follow, and a difference is real under any load.
+
+CREATE SEQUENCE migrate._validation_run;
+
+CREATE TABLE migrate._validation (
+    run        bigint NOT NULL,
+    migration  integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    flows      integer[] NOT NULL,
+    label      text NOT NULL,
+    direction  text NOT NULL,
+    method     text NOT NULL,
+    range_rows integer NOT NULL,
+    phase_since timestamptz,
+    started_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    seconds    numeric NOT NULL DEFAULT 0,
+    source_rows bigint,
+    target_rows bigint,
+    ranges     bigint,
+    mismatches bigint,
+    source_checksum text,
+    target_checksum text,
+    first_snapshot text,
+    last_snapshot text,
+    verdict    text CHECK (verdict IN ('equal', 'mismatch')),
+    PRIMARY KEY (run, flow)
+);
+COMMENT ON TABLE migrate._validation IS 'one row for each run of a validation and each flow (flows that feed one share of a target are compared together)';
+COMMENT ON COLUMN migrate._validation.phase_since IS 'a run of the worker''s belongs to one stay in phase validating; NULL: a run of validate()';
+COMMENT ON COLUMN migrate._validation.verdict IS 'NULL: not at its end yet';
+
+CREATE TABLE migrate._validation_range (
+    run         bigint NOT NULL,
+    flow        integer NOT NULL,
+    ordinal     bigint NOT NULL,
+    low         text[],
+    high        text[],
+    source_rows bigint NOT NULL,
+    target_rows bigint NOT NULL,
+    mismatches  bigint NOT NULL,
+    source_md5  text,
+    target_md5  text,
+    PRIMARY KEY (run, flow, ordinal),
+    FOREIGN KEY (run, flow) REFERENCES migrate._validation ON DELETE CASCADE
+);
+COMMENT ON TABLE migrate._validation_range IS 'the ledger of the latest run: key ranges (low, high] that together cover the key space; keys are in the form of the table that is fed';
+
+CREATE TABLE migrate._mismatch (
+    run      bigint NOT NULL,
+    flow     integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    key      text[] NOT NULL,
+    kind     text NOT NULL CHECK (kind IN ('missing', 'extra', 'different')),
+    columns  text[],
+    found_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX ON migrate._mismatch (flow);
+COMMENT ON TABLE migrate._mismatch IS 'keys that the latest validation found to differ; never the values';
+COMMENT ON COLUMN migrate._mismatch.columns IS 'the columns that differ; NULL where the mapping fails for the row';
+
+-- How one comparison is written in SQL. Arrays have one element for each of `flows`.
+CREATE TYPE migrate._comparison AS (
+    flow integer, flows integer[], label text, direction text, role regrole,
+    width integer,          -- key columns that vary
+    walkable boolean,       -- a key of the actual side can be a bound for the expected side
+    exact_keys boolean,     -- a key has one text on both sides
+    digestible boolean,     -- equal sides have equal digests
+    ignore_extra boolean,   -- rows that nothing yields may stay
+    agrees text,            -- in reverse: x, a row that differs, is what the mapping forward makes of it; else 'false'
+    nullable boolean,       -- the key can be NULL on the expected side
+    expected text[], expected_above text[], expected_upto text[], expected_among text[], expected_null text[], expected_order text[],
+    actual text, actual_share text, actual_above text, actual_upto text, actual_among text, actual_order text,
+    digest text,            -- the aggregate over all columns
+    same text,              -- s and t are the same
+    differing text,         -- the columns in which they are not
+    key text,               -- the key as text[], for _mismatch
+    "on" text, key_order text, key_text text);
+
+-- The type that a column has under its domains, whose checks are not for a validation to run.
+CREATE FUNCTION migrate._plain_type(INOUT type oid, INOUT typmod integer, OUT name text)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    t pg_type;
+BEGIN
+    LOOP
+        SELECT * INTO t FROM pg_type WHERE oid = type;
+        EXIT WHEN t.typtype <> 'd';
+        type := t.typbasetype;
+        typmod := t.typtypmod;
+    END LOOP;
+    name := format_type(type, typmod);
+END $$;
+
+-- How a key column of the expected side is compared with a bound that is written in the actual side's type: name and bound
+-- are texts of SQL. Where the two types differ, the index of the origin must still serve, and no rounding may come between.
+CREATE FUNCTION migrate._key_rule(origin oid, origin_typmod integer, dest oid, dest_typmod integer, column_sql text,
+                                  OUT name text, OUT bound text, OUT compared oid, OUT walkable boolean, OUT exact boolean)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    integers CONSTANT oid[] := '{int2,int4,int8}'::regtype[]::oid[];
+    texts CONSTANT oid[] := '{text,varchar}'::regtype[]::oid[];
+BEGIN
+    name := column_sql;
+    walkable := true;
+    exact := true;
+    IF origin = ANY (integers) AND dest = ANY (integers) THEN
+        compared := 'int8'::regtype;
+    ELSIF origin = ANY (texts) AND dest = ANY (texts) THEN
+        compared := 'text'::regtype;
+    ELSIF origin = dest AND (origin_typmod = dest_typmod OR dest_typmod = -1) THEN
+        compared := dest;
+    ELSIF origin = ANY (integers) AND dest = 'numeric'::regtype THEN
+        compared := 'int8'::regtype;
+        bound := '(%s)::numeric::bigint';
+        walkable := false;
+    ELSE
+        name := format('(%s)::%s', column_sql, format_type(dest, dest_typmod));
+        compared := dest;
+        walkable := false;
+        exact := false;
+    END IF;
+    bound := coalesce(bound, '(%s)::' || format_type(compared, -1));
+END $$;
+
+-- What is to be compared: in the direction of the dual writes, one comparison for each share of each table that is fed.
+-- Flows with different constants in their keys have a share each; flows into the same share are compared together (UNION ALL),
+-- so that a row which no flow yields is extra. In reverse each flow feeds columns of its own, and stands alone.
+CREATE FUNCTION migrate._comparisons(m migrate._migration) RETURNS SETOF migrate._comparison
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    way text := CASE WHEN m.phase IN ('cut_over', 'finalized') THEN 'reverse' ELSE 'forward' END;
+    f record;
+BEGIN
+    SELECT w.name INTO f FROM migrate._flow w
+    WHERE w.migration = m.id AND NOT EXISTS (SELECT FROM migrate._mapping x WHERE x.flow = w.id AND x.direction = way);
+    IF FOUND THEN
+        PERFORM migrate._raise('55000', format('flow "%s" has no %s mapping to compare by', f.name, way),
+            format('Migration "%s" is in phase %s.', m.name, m.phase));
+    END IF;
+    FOR f IN
+        WITH one AS (
+            SELECT x.*, array(SELECT c IS NULL FROM unnest(x.key_const) c) AS pattern
+            FROM migrate._mapping x JOIN migrate._flow w ON w.id = x.flow WHERE w.migration = m.id AND x.direction = way),
+        grouped AS (
+            SELECT o.*, CASE WHEN way = 'reverse' THEN o.flow::text
+                             WHEN (SELECT count(DISTINCT (n.pattern, n.key_dest)) FROM one n WHERE n.dest = o.dest) = 1 THEN o.key_const::text
+                             ELSE '' END AS share FROM one o)
+        SELECT array_agg(g.flow ORDER BY g.flow) AS flows, count(DISTINCT g.key_dest) AS keys, min(g.dest::text) AS dest
+        FROM grouped g GROUP BY g.dest, g.share ORDER BY min(g.flow)
+    LOOP
+        IF f.keys > 1 THEN
+            PERFORM migrate._raise('0A000', format('flows into %s have different keys', f.dest),
+                'A row that no flow yields can be told only by one key.', 'Map the same key in all flows into one target.');
+        END IF;
+        RETURN NEXT migrate._comparison(m, way, f.flows);
+    END LOOP;
+    IF NOT FOUND THEN
+        PERFORM migrate._raise('55000', format('migration "%s" has no flow', m.name));
+    END IF;
+END $$;
+
+-- The SQL builder. Columns are called k1, k2 … (the key, in the actual side's type) and c1, c2 … (all mapped columns, too).
+-- Bounds are $1 … $width (low) and the next `width` parameters (high); "among" takes arrays in $1 … $width.
+CREATE FUNCTION migrate._comparison(m migrate._migration, way text, flow_ids integer[]) RETURNS migrate._comparison
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    c migrate._comparison;
+    x migrate._mapping;
+    fed regclass;           -- the actual side
+    semantic boolean := migrate._opt(m.id, 'equality') = 'semantic';
+    fixed text[];           -- for each key column: the constant that all flows have in common
+    mapped int2[];          -- the columns that any flow maps
+    col record;
+    rule record;
+    n integer;
+    part text;
+    names text[]; lows text[]; highs text[]; types oid[];  -- the key as it is compared with bounds
+    sets text[]; keys text[]; nulls text[]; texts text[];
+    list text[]; digests text[] := '{}'; sames text[] := '{}'; differs text[] := '{}'; joins text[] := '{}';
+    extra_flow text := ''; key_case text := '';
+    forward migrate._comparison;
+BEGIN
+    c.flow := flow_ids[1]; c.flows := flow_ids; c.direction := way;
+    c.label := (SELECT string_agg(w.name, ', ' ORDER BY w.id) FROM migrate._flow w WHERE w.id = ANY (flow_ids));
+    c.walkable := true; c.exact_keys := true; c.nullable := false; c.digestible := NOT semantic;
+    SELECT * INTO x FROM migrate._mapping p WHERE p.flow = c.flow AND p.direction = way;
+    fed := x.dest;
+    c.role := migrate._table_owner(fed);
+    c.ignore_extra := way = 'reverse' AND (SELECT w.on_target_delete IS DISTINCT FROM 'delete' FROM migrate._flow w WHERE w.id = c.flow);
+    fixed := ARRAY(SELECT CASE WHEN (SELECT count(DISTINCT p.key_const[i]) = 1 AND bool_and(p.key_const[i] IS NOT NULL)
+                                     FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way) THEN x.key_const[i] END
+                   FROM generate_subscripts(x.key_dest, 1) i ORDER BY i);
+    mapped := ARRAY(SELECT DISTINCT u FROM migrate._mapping p, unnest(p.columns) u WHERE p.flow = ANY (flow_ids) AND p.direction = way ORDER BY u);
+    c.width := (SELECT count(*) FROM unnest(fixed) u WHERE u IS NULL);
+
+    -- The actual side.
+    names := '{}'; lows := '{}'; highs := '{}'; types := '{}'; keys := '{}'; list := '{}'; sets := '{}'; texts := '{}';
+    FOR col IN
+        SELECT i, a.attname, t.type, t.typmod, t.name AS type_name FROM generate_subscripts(x.key_dest, 1) i
+        JOIN pg_attribute a ON a.attrelid = x.dest AND a.attnum = x.key_dest[i], migrate._plain_type(a.atttypid, a.atttypmod) t ORDER BY i
+    LOOP
+        part := format('d.%I', col.attname);
+        IF fixed[col.i] IS NOT NULL THEN
+            list := list || format('%s %s %L::%s', part, migrate._operator(col.type, 3), fixed[col.i], col.type_name);
+            CONTINUE;
+        END IF;
+        n := cardinality(names) + 1;
+        names := names || part;
+        lows := lows || format('($%s)::%s', n, format_type(col.type, -1));
+        highs := highs || format('($%s)::%s', c.width + n, format_type(col.type, -1));
+        sets := sets || format('($%s)::%s[]', n, format_type(col.type, -1));
+        types := types || col.type;
+        keys := keys || format('%s AS k%s', CASE WHEN col.typmod IS NULL THEN part ELSE format('(%s)::%s', part, col.type_name) END, n);
+        texts := texts || format('k%1$s::text AS b%1$s', n);  -- not called k: ORDER BY k1 must mean the key, not its text
+        joins := joins || format('s.k%s %s t.k%s', n, migrate._operator(col.type, 3), n);
+    END LOOP;
+    c.actual_share := coalesce(nullif(array_to_string(list, ' AND '), ''), 'true') || migrate._reverse_share(c.flow, way);
+    c.actual_above := migrate._beyond(names, lows, types, '>');
+    c.actual_upto := migrate._beyond(names, highs, types, '<=');
+    c.actual_among := migrate._among(names, sets, types);
+    c.actual_order := array_to_string(names, ', ');
+    c.key_order := (SELECT string_agg('k' || i, ', ' ORDER BY i) FROM generate_series(1, c.width) i);
+    c.key_text := array_to_string(texts, ', ');
+    c."on" := array_to_string(joins, ' AND ');
+
+    -- The expected side, flow by flow.
+    FOR x IN SELECT p.* FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way ORDER BY p.flow LOOP
+        names := '{}'; lows := '{}'; highs := '{}'; types := '{}'; sets := '{}'; nulls := '{}'; texts := '{}';
+        list := ARRAY[format('%s AS flow', x.flow)];
+        part := '';
+        FOR col IN
+            SELECT i, v.attname, d.attname AS dest_name, o.atttypid AS origin_type, o.atttypmod AS origin_typmod, t.type, t.typmod,
+                   t.name AS type_name, x.key_const[i] AS constant, coalesce(NOT s.attnotnull, false) AS nullable,
+                   (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation) AS collated
+            FROM generate_subscripts(x.key_dest, 1) i
+            JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = x.key_dest[i]
+            JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i]
+            LEFT JOIN pg_attribute s ON s.attrelid = x.origin AND s.attnum = nullif(x.key_origin[i], 0),
+            migrate._plain_type(d.atttypid, d.atttypmod) t, migrate._plain_type(v.atttypid, v.atttypmod) AS o(atttypid, atttypmod, name)
+            ORDER BY i
+        LOOP
+            IF col.constant IS NOT NULL THEN  -- whether a row of the actual side is this flow's
+                part := part || format(' AND d.%I %s %L::%s', col.dest_name, migrate._operator(col.type, 3), col.constant, col.type_name);
+            END IF;
+            CONTINUE WHEN fixed[col.i] IS NOT NULL;
+            SELECT * INTO rule FROM migrate._key_rule(col.origin_type, col.origin_typmod, col.type, col.typmod, format('v.%I', col.attname));
+            n := cardinality(names) + 1;
+            c.walkable := c.walkable AND rule.walkable;
+            c.exact_keys := c.exact_keys AND rule.exact;
+            c.nullable := c.nullable OR col.nullable;
+            names := names || rule.name;
+            lows := lows || format(rule.bound, '$' || n);
+            highs := highs || format(rule.bound, '$' || c.width + n);
+            sets := sets || CASE WHEN rule.compared = col.type OR rule.walkable THEN format('($%s)::%s[]', n, format_type(rule.compared, -1))
+                                 ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
+            types := types || rule.compared;
+            nulls := nulls || format('v.%I IS NULL', col.attname);
+            list := list || format('(v.%I)::%s%s AS k%s, (v.%I)::text AS o%s', col.attname, col.type_name, coalesce(col.collated, ''), n, col.attname, n);
+            IF col.constant IS NULL THEN
+                texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
+            END IF;
+        END LOOP;
+        IF part <> '' THEN
+            extra_flow := extra_flow || format(' WHEN %s THEN %s', substr(part, 6), x.flow);
+        END IF;
+        key_case := key_case || format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
+        SELECT list || array_agg(format('(%s)::%s%s AS c%s', coalesce(format('v.%I', v.attname), 'NULL'), t.name, coalesce(
+                   (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
+            INTO list
+            FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum
+            LEFT JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = array_position(x.columns, u.attnum),
+            migrate._plain_type(d.atttypid, d.atttypmod) t;
+        c.expected := c.expected || format('SELECT %s FROM %s v', array_to_string(list, ', '), x.view);
+        c.expected_above := c.expected_above || migrate._beyond(names, lows, types, '>');
+        c.expected_upto := c.expected_upto || migrate._beyond(names, highs, types, '<=');
+        c.expected_among := c.expected_among || migrate._among(names, sets, types);
+        c.expected_null := c.expected_null || array_to_string(nulls, ' OR ');
+        c.expected_order := c.expected_order || (SELECT string_agg(format('v.%I', v.attname), ', ' ORDER BY i) FROM generate_subscripts(x.key_view, 1) i
+                                                 JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i] WHERE fixed[i] IS NULL);
+    END LOOP;
+    c.key := format('CASE coalesce(s.flow, t.flow)%s END', key_case);
+
+    -- Column by column. What a flow does not map is not compared for its rows; then digests would not be equal.
+    list := keys || format('%s AS flow', CASE WHEN extra_flow = '' THEN c.flow::text ELSE format('CASE%s ELSE %s END', extra_flow, c.flow) END);
+    FOR col IN
+        SELECT u.n, d.attname, t.type, t.name AS type_name, d.atttypid <> t.type AS domain,
+               ARRAY(SELECT p.flow FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way AND u.attnum = ANY (p.columns)) AS mapped_by
+        FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = fed AND d.attnum = u.attnum,
+        migrate._plain_type(d.atttypid, d.atttypmod) t ORDER BY u.n
+    LOOP
+        list := list || format(CASE WHEN col.domain THEN '(d.%I)::%s AS c%s' ELSE 'd.%1$I AS c%3$s' END, col.attname, col.type_name, col.n);
+        digests := digests || format('c%s', col.n);
+        part := coalesce(CASE WHEN semantic THEN format('((s.c%1$s %2$s t.c%1$s) IS TRUE OR s.c%1$s IS NOT DISTINCT FROM NULL AND t.c%1$s IS NOT DISTINCT FROM NULL)',
+                                                        col.n, migrate._operator(col.type, 3)) END,
+                         format('migrate.same_image(s.c%1$s, t.c%1$s)', col.n));
+        IF cardinality(col.mapped_by) < cardinality(flow_ids) THEN
+            c.digestible := false;
+            part := format('(s.flow <> ALL (%L::int[]) OR %s)', col.mapped_by, part);
+        END IF;
+        sames := sames || part;
+        differs := differs || format('CASE WHEN NOT %s THEN %L END', part, col.attname);
+    END LOOP;
+    c.actual := format('SELECT %s FROM %s d', array_to_string(list, ', '), fed);
+    c.digest := migrate._digest_call(digests);
+    c.same := array_to_string(sames, ' AND ');
+    c.agrees := 'false';
+    IF way = 'reverse' THEN
+        -- What cannot be mapped back exactly (NULL, where the target has a default for it) was right before the cutover and still is.
+        forward := migrate._comparison(m, 'forward', flow_ids);
+        c.digestible := false;
+        c.agrees := format('EXISTS (SELECT FROM (%s WHERE %s) s JOIN (%s WHERE %s) t ON %s WHERE %s)', forward.expected[1],
+            migrate._reverse_key(c.flow), forward.actual, forward.actual_share, forward."on", forward.same);
+    END IF;
+    c.differing := format('array_remove(ARRAY[%s]::text[], NULL)', array_to_string(differs, ', '));
+    RETURN c;
+END $$;
+
+-- In reverse only those source rows are fed that the flow had carried over: its filter, seen from the source.
+CREATE FUNCTION migrate._reverse_share(flow integer, way text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((
+        SELECT format(' AND EXISTS (SELECT FROM %s v WHERE %s)', f.view, string_agg(format('v.%I %s d.%I', k.view_column, k.equals, k.dest_column), ' AND ' ORDER BY k.n))
+        FROM migrate._mapping f, migrate._reverse_key_columns(f.flow) k
+        WHERE way = 'reverse' AND f.flow = _reverse_share.flow AND f.direction = 'forward' AND f.filtered
+        GROUP BY f.view), '')
+$$;
+
+-- v.id = x.k1 AND …: the row of the forward view for a source key
+CREATE FUNCTION migrate._reverse_key(flow integer) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce(string_agg(format('v.%I %s x.k%s', k.view_column, k.equals, k.n), ' AND ' ORDER BY k.n), 'false') FROM migrate._reverse_key_columns(flow) k
+$$;
+
+-- The source's key columns, as the forward view calls them.
+CREATE FUNCTION migrate._reverse_key_columns(flow integer, OUT n bigint, OUT view_column name, OUT equals text, OUT dest_column name) RETURNS SETOF record
+LANGUAGE sql STABLE AS $$
+    SELECT row_number() OVER (ORDER BY i), v.attname, migrate._operator(d.atttypid, 3), d.attname
+    FROM migrate._mapping r
+    JOIN migrate._mapping f ON f.flow = r.flow AND f.direction = 'forward'
+    CROSS JOIN LATERAL generate_subscripts(r.key_dest, 1) i
+    JOIN pg_attribute d ON d.attrelid = r.dest AND d.attnum = r.key_dest[i]
+    JOIN pg_attribute v ON v.attrelid = f.view AND v.attnum = array_position(f.columns, r.key_origin[i])
+    WHERE r.flow = _reverse_key_columns.flow AND r.direction = 'reverse' AND r.key_const[i] IS NULL
+$$;
+
+-- The condition that a key is one of those in the parameters' arrays. (A subquery, so that these are parsed once.)
+CREATE FUNCTION migrate._among(names text[], sets text[], types oid[]) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format(CASE cardinality(names) WHEN 1 THEN '%s %s ANY (SELECT * FROM unnest(%s))' ELSE '(%s) %s ANY (SELECT * FROM unnest(%s))' END,
+        array_to_string(names, ', '), CASE WHEN count(DISTINCT migrate._operator(t, 3)) = 1 THEN min(migrate._operator(t, 3)) ELSE '=' END, array_to_string(sets, ', '))
+    FROM unnest(types) t
+$$;
+
+-- The rows of one side. `which` is a list of conditions: above, upto, among, unkeyed. Ordered by key where `ordered`; `window` is a
+-- LIMIT clause for each flow's share of it.
+CREATE FUNCTION migrate._expected(c migrate._comparison, which text[], ordered boolean DEFAULT false, "window" text DEFAULT '') RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN count(*) = 1 THEN min(q) ELSE format('SELECT * FROM (%s) u%s', string_agg(format('(%s)', q), ' UNION ALL ' ORDER BY i),
+                CASE WHEN ordered THEN ' ORDER BY ' || c.key_order ELSE '' END) END
+    FROM (SELECT i, format('%s WHERE true%s%s%s%s%s%s', c.expected[i],
+            CASE WHEN 'above' = ANY (which) THEN ' AND ' || c.expected_above[i] ELSE '' END,
+            CASE WHEN 'upto' = ANY (which) THEN ' AND ' || c.expected_upto[i] ELSE '' END,
+            CASE WHEN 'among' = ANY (which) THEN ' AND ' || c.expected_among[i] ELSE '' END,
+            CASE WHEN 'unkeyed' = ANY (which) THEN ' AND (' || c.expected_null[i] || ')' ELSE '' END,
+            CASE WHEN ordered THEN ' ORDER BY ' || c.expected_order[i] ELSE '' END, "window") AS q
+          FROM generate_subscripts(c.expected, 1) i) branch
+$$;
+
+CREATE FUNCTION migrate._actual(c migrate._comparison, which text[], ordered boolean DEFAULT false) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT format('%s WHERE %s%s%s%s%s', c.actual, c.actual_share,
+            CASE WHEN 'above' = ANY (which) THEN ' AND ' || c.actual_above ELSE '' END,
+            CASE WHEN 'upto' = ANY (which) THEN ' AND ' || c.actual_upto ELSE '' END,
+            CASE WHEN 'among' = ANY (which) THEN ' AND ' || c.actual_among ELSE '' END,
+            CASE WHEN ordered THEN ' ORDER BY ' || c.actual_order ELSE '' END)
+$$;
+
+-- Parameters for a range: NULLs where it is open, as the SQL then does not mention them.
+CREATE FUNCTION migrate._bounds(c migrate._comparison, low text[], high text[]) RETURNS text[]
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT coalesce(low, array_fill(NULL::text, ARRAY[c.width])) || coalesce(high, array_fill(NULL::text, ARRAY[c.width]))
+$$;
+
+CREATE FUNCTION migrate._which(low text[], high text[]) RETURNS text[]
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN low IS NULL THEN '{}' ELSE '{above}'::text[] END || CASE WHEN high IS NULL THEN '{}' ELSE '{upto}'::text[] END
+$$;
+
+-- Digest of both sides of a range, by one statement.
+CREATE FUNCTION migrate._compare_digests(c migrate._comparison, low text[], high text[], OUT expected_rows bigint, OUT expected_md5 text,
+                                         OUT actual_rows bigint, OUT actual_md5 text, OUT snapshot text)
+LANGUAGE sql AS $$
+    SELECT r[1]::bigint, r[2], r[3]::bigint, r[4], r[5] FROM migrate._as(c.role, format(
+        'SELECT e.n, e.md5, a.n, a.md5, pg_catalog.pg_current_snapshot() FROM (SELECT count(*) AS n, coalesce(%1$s, pg_catalog.md5('''')) AS md5 FROM (%2$s) x) e, '
+        '(SELECT count(*) AS n, coalesce(%1$s, pg_catalog.md5('''')) AS md5 FROM (%3$s) x) a',
+        c.digest, migrate._expected(c, migrate._which(low, high), true), migrate._actual(c, migrate._which(low, high), true)),
+        VARIADIC migrate._bounds(c, low, high)) r
+$$;
+
+-- Finds the rows that differ, by one statement, and records them: `which` says where to look, `params` are its parameters.
+-- keys_only: the mapping fails for a row there; then a row that is on both sides counts as different.
+CREATE FUNCTION migrate._compare_rows(c migrate._comparison, run bigint, which text[], params text[], keys_only boolean,
+                                      OUT expected_rows bigint, OUT actual_rows bigint, OUT found bigint, OUT snapshot text)
+LANGUAGE sql AS $$
+    WITH answer AS MATERIALIZED (
+        SELECT r FROM migrate._as(c.role, format(
+            'WITH s AS MATERIALIZED (SELECT %6$s FROM (%1$s) x), t AS MATERIALIZED (SELECT %7$s FROM (%2$s) x) '
+            'SELECT ''rows'', (SELECT count(*) FROM s)::text, (SELECT count(*) FROM t)::text, pg_catalog.pg_current_snapshot()::text '
+            'UNION ALL SELECT x.kind, x.flow::text, x.key::text, x.columns::text FROM ('
+            'SELECT CASE WHEN t.flow IS NULL THEN ''missing'' WHEN s.flow IS NULL THEN ''extra'' ELSE ''different'' END AS kind, '
+            'coalesce(s.flow, t.flow) AS flow, %3$s AS key, CASE WHEN s.flow IS NOT NULL AND t.flow IS NOT NULL THEN %4$s END AS columns, %9$s '
+            'FROM s FULL JOIN t ON %5$s WHERE s.flow IS NULL OR t.flow IS NULL OR NOT (%8$s)) x WHERE NOT %10$s',
+            migrate._expected(c, which), migrate._actual(c, which), c.key,
+            CASE WHEN keys_only THEN 'NULL::text[]' ELSE c.differing END, c."on",
+            CASE WHEN keys_only THEN 'flow, ' || c.key_order || (SELECT string_agg(', o' || i, '' ORDER BY i) FROM generate_series(1, c.width) i) ELSE '*' END,
+            CASE WHEN keys_only THEN 'flow, ' || c.key_order ELSE '*' END,
+            CASE WHEN keys_only THEN 'false' ELSE c.same END,
+            (SELECT string_agg(format('coalesce(s.k%1$s, t.k%1$s) AS k%1$s', i), ', ' ORDER BY i) FROM generate_series(1, c.width) i),
+            CASE WHEN keys_only THEN 'false' ELSE c.agrees END),
+            VARIADIC params) r),
+    recorded AS (
+        INSERT INTO migrate._mismatch (run, flow, key, kind, columns)
+        SELECT run, r[2]::int, r[3]::text[], r[1], r[4]::text[] FROM answer
+        WHERE r[1] <> 'rows' AND NOT (c.ignore_extra AND r[1] = 'extra') RETURNING 1),
+    replaced AS (  -- what was known of the same keys
+        DELETE FROM migrate._mismatch x USING answer WHERE x.flow = CASE r[1] WHEN 'rows' THEN NULL ELSE r[2]::int END
+            AND x.key = CASE r[1] WHEN 'rows' THEN NULL ELSE r[3]::text[] END AND x.run <> _compare_rows.run)
+    SELECT r[2]::bigint, r[3]::bigint, (SELECT count(*) FROM recorded), r[4] FROM answer WHERE r[1] = 'rows'
+$$;
+
+-- The end of the range that begins after `low`: a key that leaves about `rows` rows in it on the fuller side; NULL: the range is the last.
+-- Any key would do for exactness: a range is compared in a later statement.
+CREATE FUNCTION migrate._next_bound(c migrate._comparison, low text[], rows integer) RETURNS text[]
+LANGUAGE plpgsql AS $$
+DECLARE
+    high text[];
+    nearer text[];
+BEGIN
+    SELECT r INTO high FROM migrate._as(c.role, format('SELECT %s FROM (%s) x ORDER BY %s OFFSET %s LIMIT 2', c.key_text,
+        migrate._expected(c, migrate._which(low, NULL), true, format(' LIMIT %s', rows + 1)), c.key_order, rows - 1),
+        VARIADIC migrate._bounds(c, low, NULL)) WITH ORDINALITY x(r, n) ORDER BY n DESC LIMIT 1 OFFSET 1;
+    IF c.walkable THEN
+        SELECT r INTO nearer FROM migrate._as(c.role, format('SELECT %s FROM (%s OFFSET %s LIMIT 2) x ORDER BY %s', c.key_text,
+            migrate._actual(c, migrate._which(low, high), true), rows - 1, c.key_order),
+            VARIADIC migrate._bounds(c, low, high)) WITH ORDINALITY x(r, n) ORDER BY n DESC LIMIT 1 OFFSET 1;
+    END IF;
+    RETURN coalesce(nearer, high);
+END $$;
+
+-- Compares one range and writes it into the ledger. Where the mapping fails for a row, the range is halved down to that row.
+CREATE FUNCTION migrate._validate_range(c migrate._comparison, run_id bigint, method text, low text[], high text[]) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    digests record;
+    rows record;
+    which text[] := migrate._which(low, high);
+    params text[] := migrate._bounds(c, low, high);
+    found bigint := 0;
+    held bigint;
+    middle text[];
+    snapshot text;
+BEGIN
+    SELECT NULL::bigint AS expected_rows, NULL::bigint AS actual_rows, NULL::text AS expected_md5, NULL::text AS actual_md5, NULL::text AS snapshot INTO digests;
+    rows := digests;
+    FOR attempt IN 1 .. 3 LOOP
+        IF method = 'ranges' THEN
+            SELECT * INTO digests FROM migrate._compare_digests(c, low, high);
+            rows := digests;
+            EXIT WHEN digests.expected_rows = digests.actual_rows AND digests.expected_md5 = digests.actual_md5;
+        END IF;
+        SELECT * INTO rows FROM migrate._compare_rows(c, run_id, which, params, false);
+        found := rows.found;
+        -- Without a row that differs, the digests must have differed for what a later snapshot has no more: then look again.
+        EXIT WHEN found > 0 OR method = 'rows' OR NOT c.digestible OR c.ignore_extra;
+        IF attempt = 3 THEN
+            PERFORM migrate._raise('XX001', format('range (%s, %s] of flow "%s" differs, but no row in it', low, high, c.label),
+                format('%s rows with MD5 %s are expected, %s rows with MD5 %s are there.', digests.expected_rows, digests.expected_md5, digests.actual_rows, digests.actual_md5),
+                'The key may not be unique on one side: check its index with amcheck.');
+        END IF;
+    END LOOP;
+    PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, found, digests.expected_md5, digests.actual_md5, rows.snapshot);
+EXCEPTION WHEN data_exception OR integrity_constraint_violation OR raise_exception THEN
+    SELECT r[1]::bigint INTO held FROM migrate._as(c.role, format('SELECT count(*) FROM (%s) x', migrate._expected(c, which)), VARIADIC params) r;
+    IF held > 1 THEN
+        SELECT r INTO middle FROM migrate._as(c.role, format('SELECT %s FROM (%s) x ORDER BY %s OFFSET %s LIMIT 1', c.key_text,
+            migrate._expected(c, which, true), c.key_order, held / 2 - 1), VARIADIC params) r;
+    END IF;
+    IF middle IS NULL OR middle = high THEN
+        SELECT * INTO rows FROM migrate._compare_rows(c, run_id, which, params, true);
+        PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, rows.found, NULL, NULL, rows.snapshot);
+    ELSE
+        PERFORM migrate._validate_range(c, run_id, method, low, middle);
+        PERFORM migrate._validate_range(c, run_id, method, middle, high);
+    END IF;
+END $$;
+
+CREATE FUNCTION migrate._write_range(c migrate._comparison, run_id bigint, low text[], high text[], expected_rows bigint, actual_rows bigint,
+                                     found bigint, expected_md5 text, actual_md5 text, snapshot text) RETURNS void
+LANGUAGE sql AS $$
+    -- Before cutover the source is expected, after it the target.
+    INSERT INTO migrate._validation_range
+    SELECT run_id, c.flow, 1 + (SELECT count(*) FROM migrate._validation_range WHERE run = run_id AND flow = c.flow), low, high,
+           CASE WHEN f THEN expected_rows ELSE actual_rows END, CASE WHEN f THEN actual_rows ELSE expected_rows END, found,
+           CASE WHEN f THEN expected_md5 ELSE actual_md5 END, CASE WHEN f THEN actual_md5 ELSE expected_md5 END
+    FROM (SELECT c.direction = 'forward') x(f);
+    UPDATE migrate._validation SET first_snapshot = coalesce(first_snapshot, snapshot), last_snapshot = snapshot WHERE run = run_id AND flow = c.flow
+$$;
+
+-- A new run: a row for each comparison. Ledgers of earlier runs go.
+CREATE FUNCTION migrate._validation_begin(m migrate._migration, method text, range_rows integer, for_worker boolean) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    run_id bigint := nextval('migrate._validation_run');
+BEGIN
+    DELETE FROM migrate._validation_range r USING migrate._validation v WHERE v.migration = m.id AND r.run = v.run AND r.flow = v.flow;
+    INSERT INTO migrate._validation (run, migration, flow, flows, label, direction, method, range_rows, phase_since)
+    SELECT run_id, m.id, c.flow, c.flows, c.label, c.direction, method, range_rows, CASE WHEN for_worker THEN m.phase_since END
+    FROM migrate._comparisons(m) c;
+    RETURN run_id;
+END $$;
+
+-- The next range of a run by ranges; false when there is none left.
+CREATE FUNCTION migrate._validation_advance(m migrate._migration, run_id bigint) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    began timestamptz := clock_timestamp();
+    v migrate._validation;
+    c migrate._comparison;
+    last migrate._validation_range;
+    high text[];
+BEGIN
+    SELECT * INTO v FROM migrate._validation WHERE run = run_id AND verdict IS NULL ORDER BY flow LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    c := migrate._comparison(m, v.direction, v.flows);
+    SELECT * INTO last FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = v.flow ORDER BY ordinal DESC LIMIT 1;
+    high := migrate._next_bound(c, last.high, v.range_rows);
+    PERFORM migrate._validate_range(c, run_id, v.method, last.high, high);
+    IF high IS NULL THEN
+        -- A comparison with a bound is never true of NULL: rows without a key lie in no range that has one.
+        IF c.nullable AND (SELECT count(*) > 1 FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow) THEN
+            WITH unkeyed AS (
+                INSERT INTO migrate._mismatch (run, flow, key, kind)
+                SELECT run_id, r[1]::int, r[2]::text[], 'missing' FROM migrate._as(c.role, format('SELECT s.flow, %s FROM (%s) s LEFT JOIN (SELECT NULL::int AS flow, %s) t ON false',
+                    c.key, migrate._expected(c, '{unkeyed}'), (SELECT string_agg('NULL::text AS k' || i, ', ') FROM generate_series(1, c.width) i))) r RETURNING 1)
+            UPDATE migrate._validation_range r SET mismatches = r.mismatches + n, source_rows = r.source_rows + CASE c.direction WHEN 'forward' THEN n ELSE 0 END,
+                target_rows = r.target_rows + CASE c.direction WHEN 'forward' THEN 0 ELSE n END
+            FROM (SELECT count(*) AS n FROM unkeyed) u WHERE r.run = run_id AND r.flow = c.flow AND r.high IS NULL;
+        END IF;
+        PERFORM migrate._validation_end(c, run_id);
+    END IF;
+    UPDATE migrate._validation SET seconds = seconds + extract(epoch FROM clock_timestamp() - began) WHERE run = run_id AND flow = v.flow;
+    RETURN true;
+END $$;
+
+-- The verdict on one comparison, from its ledger, which must cover the key space without a gap.
+CREATE FUNCTION migrate._validation_end(c migrate._comparison, run_id bigint) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    total record;
+    held record;
+BEGIN
+    SELECT count(*) AS ranges, bool_and(chained) AS chained, count(*) FILTER (WHERE high IS NULL) AS ends, sum(source_rows) AS source_rows, sum(target_rows) AS target_rows, sum(mismatches) AS mismatches,
+           md5(string_agg(source_md5, ',' ORDER BY ordinal)) AS source_md5, md5(string_agg(target_md5, ',' ORDER BY ordinal)) AS target_md5
+        INTO total
+        FROM (SELECT *, low IS NOT DISTINCT FROM lag(high) OVER (ORDER BY ordinal) AS chained FROM migrate._validation_range WHERE run = run_id AND flow = c.flow) r;
+    IF total.ranges = 0 OR NOT total.chained OR total.ends <> 1 THEN
+        PERFORM migrate._raise('XX001', format('ranges of flow "%s" do not cover the key space', c.label), format('%s ranges, %s open ends.', total.ranges, total.ends));
+    END IF;
+    IF total.mismatches = 0 AND total.source_rows <> total.target_rows AND NOT c.ignore_extra THEN
+        PERFORM migrate._raise('XX001', format('rows of flow "%s" do not add up', c.label), format('%s rows on the source, %s on the target, and no mismatch.', total.source_rows, total.target_rows));
+    END IF;
+    -- Where all statements share a snapshot, the rows checked must be all there are. (The worker's run is a transaction a range.)
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable')
+       AND EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND flow = c.flow AND phase_since IS NULL) THEN
+        SELECT * INTO held FROM migrate._compare_counts(c);
+        IF held.expected_rows + held.actual_rows <> total.source_rows + total.target_rows THEN
+            PERFORM migrate._raise('XX001', format('the ranges of flow "%s" hold %s rows', c.label, total.source_rows + total.target_rows),
+                format('Both sides together have %s.', held.expected_rows + held.actual_rows));
+        END IF;
+    END IF;
+    UPDATE migrate._validation SET source_rows = total.source_rows, target_rows = total.target_rows, ranges = total.ranges, mismatches = total.mismatches,
+        source_checksum = total.source_md5, target_checksum = total.target_md5, verdict = CASE total.mismatches WHEN 0 THEN 'equal' ELSE 'mismatch' END
+    WHERE run = run_id AND flow = c.flow;
+    DELETE FROM migrate._mismatch x WHERE x.flow = ANY (c.flows) AND x.run < run_id;
+END $$;
+
+CREATE FUNCTION migrate._compare_counts(c migrate._comparison, OUT expected_rows bigint, OUT actual_rows bigint, OUT snapshot text)
+LANGUAGE sql AS $$
+    SELECT r[1]::bigint, r[2]::bigint, r[3] FROM migrate._as(c.role, format(
+        'SELECT (SELECT count(*) FROM (%s) x), (SELECT count(*) FROM (%s) x), pg_catalog.pg_current_snapshot()', migrate._expected(c, '{}'), migrate._actual(c, '{}'))) r
+$$;
+
+-- The methods that take one statement. counts and checksum say whether, not where: mismatches is NULL then.
+CREATE FUNCTION migrate._validate_whole(m migrate._migration, run_id bigint, flow_id integer) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    began timestamptz := clock_timestamp();
+    v migrate._validation;
+    c migrate._comparison;
+    a record;
+    picked text[];
+    same boolean;
+BEGIN
+    SELECT * INTO v FROM migrate._validation WHERE run = run_id AND flow = flow_id;
+    c := migrate._comparison(m, v.direction, v.flows);
+    IF v.method = 'counts' THEN
+        SELECT expected_rows, actual_rows, snapshot, NULL::text AS expected_md5, NULL::text AS actual_md5, NULL::bigint AS found INTO a FROM migrate._compare_counts(c);
+        same := a.expected_rows = a.actual_rows OR c.ignore_extra AND a.expected_rows < a.actual_rows;
+    ELSIF v.method = 'checksum' THEN
+        SELECT *, NULL::bigint AS found INTO a FROM migrate._compare_digests(c, NULL, NULL);
+        same := a.expected_rows = a.actual_rows AND a.expected_md5 = a.actual_md5;
+        IF same THEN
+            a.found := 0;
+        ELSIF NOT c.digestible OR c.ignore_extra THEN
+            PERFORM migrate._raise('0A000', format('the digests of flow "%s" differ, which does not say that its rows do', c.label),
+                'Digests compare images. With option equality = semantic, after cutover, and where flows map different columns of one target, rows must be compared one by one.',
+                format('SELECT * FROM migrate.validate(%L, ''ranges'');', m.name));
+        END IF;
+    ELSE
+        picked := migrate._sample(c, v.range_rows);
+        SELECT *, NULL::text AS expected_md5, NULL::text AS actual_md5 INTO a FROM migrate._compare_rows(c, run_id, '{among}', picked, false);
+        same := a.found = 0;
+    END IF;
+    UPDATE migrate._validation SET
+        source_rows = CASE direction WHEN 'forward' THEN a.expected_rows ELSE a.actual_rows END, target_rows = CASE direction WHEN 'forward' THEN a.actual_rows ELSE a.expected_rows END,
+        source_checksum = CASE direction WHEN 'forward' THEN a.expected_md5 ELSE a.actual_md5 END, target_checksum = CASE direction WHEN 'forward' THEN a.actual_md5 ELSE a.expected_md5 END,
+        mismatches = a.found, first_snapshot = a.snapshot, last_snapshot = a.snapshot, verdict = CASE WHEN same THEN 'equal' ELSE 'mismatch' END,
+        seconds = extract(epoch FROM clock_timestamp() - began)
+    WHERE run = run_id AND flow = flow_id;
+END $$;
+
+-- Up to `rows` random keys of each side: parameters for "among", an array for each key column.
+CREATE FUNCTION migrate._sample(c migrate._comparison, rows integer) RETURNS text[]
+LANGUAGE sql AS $$
+    WITH picked AS MATERIALIZED (
+        SELECT r FROM migrate._as(c.role, format(
+            '(SELECT %1$s FROM (SELECT %2$s FROM (%3$s) x ORDER BY pg_catalog.random() LIMIT %5$s) e) UNION (SELECT %1$s FROM (SELECT %2$s FROM (%4$s) x ORDER BY pg_catalog.random() LIMIT %5$s) a)',
+            c.key_text, c.key_order, migrate._expected(c, '{}'), migrate._actual(c, '{}'), rows)) r)
+    SELECT array_agg(list ORDER BY i)
+    FROM (SELECT i, coalesce((SELECT array_agg(r[i]) FROM picked), '{}')::text AS list FROM generate_series(1, c.width) i) x
+$$;
+
+-- migrate.validate()
+CREATE FUNCTION migrate._validate(caller regrole, name text, how text, range_rows integer DEFAULT 10000)
+RETURNS TABLE (flow text, method text, source_rows bigint, target_rows bigint, ranges bigint, mismatches bigint, source_checksum text,
+               target_checksum text, seconds numeric, snapshot text, verdict text)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+DECLARE
+    m migrate._migration := migrate._find(caller, $2);  -- no lock: a validation may take hours, pause() must not wait for it
+    run_id bigint;
+    flow_id integer;
+BEGIN
+    PERFORM migrate._require_members(caller, m);
+    IF how IS NULL OR how NOT IN ('counts', 'sample', 'checksum', 'ranges', 'rows') THEN
+        PERFORM migrate._raise('22023', format('there is no method of validation "%s"', how), 'The methods are counts, sample, checksum, ranges and rows.',
+            format('SELECT * FROM migrate.validate(%L, ''ranges'');', m.name));
+    END IF;
+    IF m.phase IN ('finalized', 'cancelled') THEN
+        PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, m.phase), 'Nothing keeps its two sides equal any more.');
+    END IF;
+    run_id := migrate._validation_begin(m, how, $4, false);
+    IF how IN ('ranges', 'rows') THEN
+        WHILE migrate._validation_advance(m, run_id) LOOP
+        END LOOP;
+    ELSE
+        FOR flow_id IN SELECT v.flow FROM migrate._validation v WHERE v.run = run_id ORDER BY v.flow LOOP
+            PERFORM migrate._validate_whole(m, run_id, flow_id);
+        END LOOP;
+    END IF;
+    PERFORM migrate._event(m, caller, 'validated', migrate._validation_text(run_id));
+    RETURN QUERY SELECT v.label, v.method, v.source_rows, v.target_rows, v.ranges, v.mismatches, v.source_checksum, v.target_checksum, round(v.seconds, 3),
+        CASE WHEN v.first_snapshot = v.last_snapshot THEN v.first_snapshot ELSE v.first_snapshot || ' .. ' || v.last_snapshot END, v.verdict
+        FROM migrate._validation v WHERE v.run = run_id ORDER BY v.flow;
+END $$;
+
+-- Raises unless caller is (still) a member of the owners of all the migration's tables.
+CREATE FUNCTION migrate._require_members(caller regrole, m migrate._migration) RETURNS void
+LANGUAGE sql AS $$
+    SELECT migrate._require_member(caller, r) FROM migrate._flow f, unnest(ARRAY[f.source, f.target]) r WHERE f.migration = m.id
+$$;
+
+-- "users_to_profiles: 3 of 1000 rows differ (1 missing, 2 different) by ranges"
+CREATE FUNCTION migrate._validation_text(run_id bigint) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT string_agg(format('%s: %s by %s (%s rows on the source, %s on the target%s)', v.label, v.verdict, v.method, v.source_rows, v.target_rows,
+        (SELECT string_agg(format(', %s %s', x.n, x.kind), '' ORDER BY x.kind)
+         FROM (SELECT kind, count(*) AS n FROM migrate._mismatch x WHERE x.run = v.run AND x.flow = ANY (v.flows) GROUP BY kind) x)), '; ' ORDER BY v.flow)
+    FROM migrate._validation v WHERE v.run = run_id
+$$;
+
+-- One step of the validation that phase validating consists of: 'more', 'equal' or 'mismatch: …'. Each call is one short
+-- transaction of the worker's. A run belongs to one stay in the phase: whoever comes back to it begins anew, from the first range.
+CREATE FUNCTION migrate._validate_step(migration_id integer, range_rows integer DEFAULT 10000) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+    run_id bigint;
+BEGIN
+    SELECT * INTO m FROM migrate._migration WHERE id = migration_id;
+    SELECT max(run) INTO run_id FROM migrate._validation WHERE migration = m.id AND phase_since = m.phase_since;
+    -- A run that has ended with a mismatch is over: resuming after it checks everything again.
+    IF run_id IS NULL OR NOT EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL)
+       OR NOT EXISTS (SELECT FROM migrate._validation_range WHERE run = run_id) AND EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NOT NULL) THEN
+        run_id := migrate._validation_begin(m, 'ranges', range_rows, true);
+    END IF;
+    PERFORM migrate._validation_advance(m, run_id);
+    IF EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL) THEN
+        RETURN 'more';
+    END IF;
+    PERFORM migrate._event(m, NULL, 'validated', migrate._validation_text(run_id));
+    RETURN CASE WHEN EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict = 'mismatch')
+        THEN format('mismatch: %s; SELECT * FROM migrate.mismatches(%L);', migrate._validation_text(run_id), m.name) ELSE 'equal' END;
+END $$;
+
+-- What is known of a migration's equality: the verdict of the latest whole validation (checksum, ranges or rows), and whether
+-- every mismatch found since is mended. For cutover's gate and for reports.
+CREATE FUNCTION migrate._last_validation(migration_id integer, OUT run bigint, OUT at timestamptz, OUT verdict text, OUT open_mismatches bigint)
+LANGUAGE sql STABLE AS $$
+    SELECT v.run, v.at, v.verdict, (SELECT count(*) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = migration_id)
+    FROM (SELECT run, max(started_at) AS at, CASE WHEN bool_and(verdict = 'equal') THEN 'equal' ELSE 'mismatch' END AS verdict
+          FROM migrate._validation WHERE migration = migration_id AND method IN ('checksum', 'ranges', 'rows')
+          GROUP BY run HAVING bool_and(verdict IS NOT NULL) ORDER BY run DESC LIMIT 1) v
+$$;
+
+-- A key as people read it: one column as it is, more as an array.
+CREATE FUNCTION migrate._key_text(key text[]) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT CASE cardinality(key) WHEN 1 THEN key[1] ELSE key::text END $$;
+
+-- migrate.mismatches()
+CREATE FUNCTION migrate._mismatches(caller regrole, name text) RETURNS TABLE (flow text, key text, kind text, columns text[], found_at timestamptz)
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration := migrate._find(caller, $2);
+BEGIN
+    PERFORM migrate._require_members(caller, m);
+    RETURN QUERY SELECT f.name, migrate._key_text(x.key), x.kind, x.columns, x.found_at
+        FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id ORDER BY f.id, x.found_at, x.key;
+END $$;

@@ -1,0 +1,108 @@
+-- Locks that the application hardly notices: short attempts, all of an attempt's locks within lock_timeout, nothing held
+-- between attempts, and whoever is in the way is named. Used by the switch, the views and finalize.
+
+CREATE FUNCTION migrate._old_snapshots(timeout_ms bigint) RETURNS integer[]
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_old_snapshots';
+
+CREATE FUNCTION migrate._lock_relations(relations regclass[], modes text[], budget_ms integer) RETURNS double precision
+LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_lock_relations';
+
+CREATE FUNCTION migrate._seconds(duration interval) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT round(greatest(extract(epoch FROM duration), 0)::numeric, 1) || ' s' $$;
+
+-- One line on a session; its query only for who may see it.
+CREATE FUNCTION migrate._describe_session(caller regrole, pid integer) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce((SELECT format('PID %s (%s)', a.pid, concat_ws(', ',
+               'role ' || a.usename,
+               'application ' || nullif(a.application_name, ''),
+               a.state || ' for ' || migrate._seconds(clock_timestamp() - a.state_change),
+               'transaction open for ' || migrate._seconds(clock_timestamp() - a.xact_start),
+               CASE WHEN pg_has_role(caller, a.usesysid, 'USAGE') OR pg_has_role(caller, 'pg_read_all_stats', 'USAGE')
+                    THEN 'query: ' || left(regexp_replace(a.query, '\s+', ' ', 'g'), 60) END))
+        FROM pg_stat_activity a WHERE a.pid = _describe_session.pid), format('PID %s (gone meanwhile)', pid))
+$$;
+
+-- Who holds a lock that conflicts with the wanted ones, and was there already when the attempt began: short transactions come
+-- and go. Prepared transactions have no PID (0 here).
+CREATE FUNCTION migrate._blockers(caller regrole, relations regclass[], modes text[], attempt_began timestamptz) RETURNS TABLE (pid integer, description text)
+LANGUAGE sql VOLATILE AS $$
+    SELECT pg_stat_clear_snapshot();
+    WITH wanted AS (
+        SELECT u.relation, u.mode FROM unnest(relations, modes) AS u(relation, mode)
+    ), holder AS (
+        SELECT coalesce(l.pid, 0) AS pid, l.virtualtransaction,
+               string_agg(DISTINCT upper(regexp_replace(replace(l.mode, 'Lock', ''), '([a-z])([A-Z])', '\1 \2', 'g')) || ' on '
+                          || w.relation::text, ', ') AS holds
+        FROM wanted w JOIN pg_locks l ON l.locktype = 'relation' AND l.relation = w.relation
+             AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
+        WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+          AND (w.mode = 'ACCESS EXCLUSIVE' OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+        GROUP BY 1, 2
+    )
+    SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_session(caller, h.pid)
+                       ELSE coalesce((SELECT format('prepared transaction %L', p.gid) FROM pg_prepared_xacts p
+                                      WHERE h.virtualtransaction = '-1/' || p.transaction), 'a prepared transaction') END
+                  || ' holds ' || h.holds
+    FROM holder h
+    WHERE h.pid = 0 OR EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = h.pid AND a.xact_start <= attempt_began)
+    ORDER BY h.pid
+$$;
+
+-- Whether this transaction keeps the application waiting already, as a second switch in one transaction does.
+CREATE FUNCTION migrate._holds_locks() RETURNS boolean
+LANGUAGE sql VOLATILE AS $$
+    SELECT EXISTS (SELECT FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.granted
+                   AND l.mode = 'AccessExclusiveLock')
+$$;
+
+-- Executes `body`, one query that gives a text, under the locks, and returns it. An attempt that does not get its locks within
+-- option lock_timeout is undone, so that nothing is held, and made again after a pause that grows, until `deadline`; then
+-- 55P03 with the blockers. dry_run: the attempt that succeeded is undone too.
+CREATE FUNCTION migrate._under_locks(m migrate._migration, caller regrole, goal text, relations regclass[], modes text[], body text,
+                                     deadline timestamptz, dry_run boolean DEFAULT false,
+                                     OUT result text, OUT attempts integer, OUT lock_ms numeric, OUT blockers text[])
+LANGUAGE plpgsql AS $$
+DECLARE
+    budget integer := migrate._opt_ms(m.id, 'lock_timeout');
+    before text := current_setting('lock_timeout');
+    attempt_began timestamptz;
+    last timestamptz := CASE WHEN migrate._holds_locks() THEN least(deadline, clock_timestamp() + interval '1 s') ELSE deadline END;
+    pause_ms numeric := 200;
+    pids integer[];
+    present text[];
+BEGIN
+    attempts := 0;
+    blockers := '{}';
+    LOOP
+        attempts := attempts + 1;
+        attempt_began := clock_timestamp();
+        BEGIN
+            lock_ms := round(migrate._lock_relations(relations, modes, budget)::numeric, 1);
+            -- What the body locks beyond that (a foreign table's partner, a catalog) is no reason to queue either.
+            PERFORM set_config('lock_timeout', budget::text, true);
+            EXECUTE body INTO result;
+            PERFORM set_config('lock_timeout', before, true);
+            IF dry_run THEN
+                RAISE EXCEPTION USING ERRCODE = 'MGDRY';
+            END IF;
+            RETURN;
+        EXCEPTION
+            WHEN SQLSTATE 'MGDRY' THEN RETURN;
+            WHEN lock_not_available OR deadlock_detected THEN
+                SELECT array_agg(b.pid), array_agg(b.description) INTO pids, present
+                FROM migrate._blockers(caller, relations, modes, attempt_began) b;
+        END;
+        blockers := coalesce(present, blockers);
+        EXIT WHEN clock_timestamp() + pause_ms * interval '1 ms' > last;
+        PERFORM pg_sleep(pause_ms * (0.75 + random() / 2) / 1000);
+        pause_ms := least(pause_ms * 1.3, 2000);
+    END LOOP;
+    PERFORM migrate._raise('55P03', format('migration "%s" could not %s within cutover_timeout (%s ms)', m.name, goal, migrate._opt_ms(m.id, 'cutover_timeout')),
+        concat_ws(E'\n', format('%s attempts of %s ms each (option lock_timeout) did not get their locks; nothing has changed.',
+                                attempts, budget),
+                  CASE WHEN last < deadline THEN 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer.' END,
+                  array_to_string(nullif(blockers, '{}'), E'\n')),
+        CASE WHEN pids[1] > 0 THEN format('Wait until it ends, or end it with SELECT pg_terminate_backend(%s); then call this again.', pids[1])
+             ELSE 'Call it again when there is less traffic.' END);
+END $$;

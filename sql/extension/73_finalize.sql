@@ -1,0 +1,217 @@
+-- The contract: what the migration added goes, and on demand, by name, the old table or its moved columns; and drop, which
+-- forgets a migration that has ended or not begun.
+
+-- The window, and whether finalize may pass it.
+CREATE FUNCTION migrate._require_window_closed(m migrate._migration, force text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    closes timestamptz := m.cut_over_at + migrate._opt_ms(m.id, 'rollback_window') * interval '1 ms';
+BEGIN
+    IF force IS NOT NULL AND force <> m.name THEN
+        PERFORM migrate._raise('22023', format('force is "%s", not the name of the migration', force), '',
+            format('SELECT migrate.finalize(%L, force => %L); finalizes although the rollback window is open.', m.name, m.name));
+    ELSIF force IS NULL AND clock_timestamp() < closes THEN
+        PERFORM migrate._raise('55000', format('the rollback window of migration "%s" is open until %s', m.name, date_trunc('second', closes)),
+            format('It was cut over at %s, and rollback_window is %s.', date_trunc('second', m.cut_over_at), migrate._opt(m.id, 'rollback_window')),
+            format('Wait until then, or give up the way back now: SELECT migrate.finalize(%L, force => %L);', m.name, m.name));
+    END IF;
+END $$;
+
+-- The columns to drop, each with its source: carried by a mapping, and part of no key.
+CREATE FUNCTION migrate._columns_to_drop(m migrate._migration, names text[]) RETURNS TABLE (relation regclass, column_name name)
+LANGUAGE plpgsql AS $$
+DECLARE
+    n text;
+    hits integer;
+    carried boolean;
+    keyed boolean;
+BEGIN
+    FOREACH n IN ARRAY names LOOP
+        SELECT count(DISTINCT a.attrelid), bool_or(a.attnum = ANY (p.reads) OR p.reads = '{0}'), bool_or(a.attnum = ANY (p.key_origin)), min(a.attrelid)::regclass, min(a.attname::text)::name
+        INTO hits, carried, keyed, relation, column_name
+        FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward' JOIN pg_attribute a ON a.attrelid = f.source
+        WHERE f.migration = m.id AND a.attname = n AND a.attnum > 0 AND NOT a.attisdropped;
+        IF hits = 0 OR n IS NULL THEN
+            PERFORM migrate._raise('42703', format('no source of migration "%s" has a column "%s"', m.name, n));
+        ELSIF hits > 1 THEN
+            PERFORM migrate._raise('42702', format('%s sources of migration "%s" have a column "%s"', hits, m.name, n), '',
+                'Finalize without it, then drop it by ALTER TABLE … DROP COLUMN ….');
+        ELSIF keyed THEN
+            PERFORM migrate._raise('42P10', format('column "%s" of %s is part of the key', n, relation), 'Without it the rest of the table''s rows cannot be told apart.');
+        ELSIF NOT carried THEN
+            PERFORM migrate._raise('55000', format('column "%s" of %s is not carried to a target', n, relation), 'Its values are nowhere else.',
+                format('If they may be lost: ALTER TABLE %s DROP COLUMN %I; after finalize.', relation, n));
+        END IF;
+        RETURN NEXT;
+    END LOOP;
+END $$;
+
+-- What stands in the way of dropping a table, as statements that take it away.
+CREATE FUNCTION migrate._drop_hints(tables regclass[]) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce(string_agg(h, ' '), 'Change what depends on it, then call this again.') FROM (
+        SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname) AS h FROM pg_constraint c
+        WHERE c.contype = 'f' AND c.confrelid = ANY (tables) AND c.conrelid <> ALL (tables) AND c.conparentid = 0
+        UNION ALL
+        SELECT DISTINCT format('DROP %sVIEW %s;', CASE c.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, c.oid::regclass)
+        FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
+        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (tables) AND c.oid <> ALL (tables)
+        ORDER BY 1) x
+$$;
+
+-- What goes with a column by itself: indexes, constraints, owned sequences.
+CREATE FUNCTION migrate._goes_along(relation oid, column_name text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce(', with ' || string_agg(DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid), ', '), '')
+    FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND a.attname = column_name AND d.deptype = 'a'
+      AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass)
+$$;
+
+-- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it.
+CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    dependents text;
+    hints text := migrate._drop_hints(ARRAY[relation]);
+BEGIN
+    EXECUTE command;
+EXCEPTION WHEN dependent_objects_still_exist THEN
+    GET STACKED DIAGNOSTICS dependents = PG_EXCEPTION_DETAIL;
+    PERFORM migrate._raise('2BP01', format('%s cannot be dropped because other objects depend on it', what),
+        dependents || E'\nNothing was finalized.', hints);
+END $$;
+
+-- Sequences of a table that is to go, on which a default elsewhere still depends: they go over to that column, or to nobody where
+-- owner or schema differ.
+CREATE FUNCTION migrate._keep_sequences(source regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    s record;
+BEGIN
+    FOR s IN
+        SELECT DISTINCT ON (q.oid) q.oid::regclass AS sequence, e.adrelid::regclass AS heir, a.attname, t.relkind IN ('r', 'p')
+               AND t.relowner = q.relowner AND t.relnamespace = q.relnamespace AS fits
+        FROM pg_depend o JOIN pg_class q ON q.oid = o.objid AND q.relkind = 'S'
+        JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = q.oid
+        JOIN pg_attrdef e ON e.oid = d.objid AND e.adrelid <> source
+        JOIN pg_attribute a ON a.attrelid = e.adrelid AND a.attnum = e.adnum
+        JOIN pg_class t ON t.oid = e.adrelid
+        WHERE o.classid = 'pg_class'::regclass AND o.refclassid = 'pg_class'::regclass AND o.refobjid = source AND o.refobjsubid > 0 AND o.deptype = 'a'
+        ORDER BY q.oid, t.relkind IN ('r', 'p') DESC, e.adrelid
+    LOOP
+        EXECUTE format('ALTER SEQUENCE %s OWNED BY %s', migrate._relation_name(s.sequence),
+                       CASE WHEN s.fits THEN format('%s.%I', migrate._relation_name(s.heir), s.attname) ELSE 'NONE' END);
+        RAISE NOTICE 'sequence % stays for column % of %', s.sequence, s.attname, s.heir;
+    END LOOP;
+END $$;
+
+-- Under the locks. `columns` is a JSON array of {relation, column_name}.
+CREATE FUNCTION migrate._finalize_now(m_id integer, caller regrole, drop_source boolean, columns jsonb) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
+    did text[] := '{}';
+    r record;
+BEGIN
+    IF m.phase <> 'finalized' THEN
+        PERFORM migrate._drop_triggers(m, 'forward');
+        PERFORM migrate._drop_triggers(m, 'reverse');
+        PERFORM migrate._drop_mapping_views(m_id);
+        DELETE FROM migrate._requeue q USING migrate._flow f WHERE f.id = q.flow AND f.migration = m_id;
+        DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m_id;
+        UPDATE migrate._migration x SET both_directions = false, throttled_since = NULL, throttled_reason = NULL WHERE x.id = m_id RETURNING * INTO m;
+        m := migrate._move(m, caller, 'finalized', 'finalize');
+        did := did || 'dual writes and mapping views are removed'::text;
+    END IF;
+    FOR r IN SELECT * FROM jsonb_to_recordset(columns) AS c(relation oid, column_name text) LOOP
+        did := did || (format('column %I of %s is dropped', r.column_name, r.relation::regclass) || migrate._goes_along(r.relation, r.column_name));
+        PERFORM migrate._drop_restricted(format('ALTER TABLE %s DROP COLUMN %I', migrate._relation_name(r.relation), r.column_name),
+                                         format('column "%s" of %s', r.column_name, r.relation::regclass), r.relation);
+    END LOOP;
+    FOR r IN SELECT DISTINCT f.source AS relation, f.source::text AS name FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
+             WHERE f.migration = m_id AND drop_source LOOP
+        PERFORM migrate._keep_sequences(r.relation);
+        PERFORM migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.name, r.relation);
+        did := did || format('table %s is dropped', r.name);
+    END LOOP;
+    PERFORM migrate._event(m, caller, 'finalize', array_to_string(did, '; '));
+    RETURN array_to_string(did, '; ');
+END $$;
+
+CREATE FUNCTION migrate._drop_mapping_views(m_id integer) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v regclass;
+BEGIN
+    FOR v IN SELECT p.view FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.view WHERE f.migration = m_id LOOP
+        EXECUTE format('DROP VIEW %s', migrate._relation_name(v));
+    END LOOP;
+    DELETE FROM migrate._mapping p USING migrate._flow f WHERE f.id = p.flow AND f.migration = m_id;
+END $$;
+
+CREATE FUNCTION migrate._finalize(caller regrole, name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration := migrate._lock(caller, name);
+    columns jsonb;
+    tables regclass[];
+    done record;
+BEGIN
+    drop_source := coalesce(drop_source, false);
+    drop_columns := coalesce(drop_columns, '{}');
+    IF m.phase = 'finalized' AND drop_columns <> '{}' THEN
+        PERFORM migrate._raise('55000', format('migration "%s" is finalized', m.name), 'Which columns it carried is not known any more.',
+            'ALTER TABLE … DROP COLUMN …; drops a column.');
+    ELSIF m.phase = 'finalized' AND NOT (drop_source AND EXISTS (SELECT FROM migrate._flow f JOIN pg_class c ON c.oid = f.source WHERE f.migration = m.id)) THEN
+        RAISE NOTICE 'migration "%" is finalized already', m.name;
+        RETURN 'finalized -> finalized';
+    ELSIF m.phase NOT IN ('cut_over', 'finalized') THEN
+        PERFORM migrate._raise('55000', format('migration "%s" cannot be finalized in phase %s', m.name, m.phase), 'It can in phase cut_over.',
+            CASE m.phase WHEN 'ready' THEN format('SELECT migrate.cutover(%L); comes first.', m.name)
+                         WHEN 'cancelled' THEN format('SELECT migrate.drop(%L); forgets it.', m.name) ELSE '' END);
+    ELSIF drop_source AND drop_columns <> '{}' THEN
+        PERFORM migrate._raise('22023', 'drop_source and drop_columns exclude each other', 'The columns go with the table.');
+    END IF;
+    IF m.phase = 'cut_over' THEN
+        PERFORM migrate._require_window_closed(m, force);
+    END IF;
+    SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns
+    FROM migrate._columns_to_drop(m, drop_columns) c;
+    SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
+    FROM migrate._flow f, LATERAL unnest(ARRAY[f.source, f.target]) s(root), LATERAL migrate._partition_tree(s.root) r
+    WHERE f.migration = m.id AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.root);
+    SELECT * INTO done FROM migrate._under_locks(m, caller, 'be finalized', tables, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
+        format('SELECT migrate._finalize_now(%s, %L, %L, %L)', m.id, caller, drop_source, columns),
+        clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+    RETURN format('%s -> finalized: %s', m.phase, done.result);
+END $$;
+
+-- Forgets a migration. Its events stay.
+CREATE FUNCTION migrate._drop(caller regrole, name text) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+    left_over text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM migrate._migration x WHERE x.name = _drop.name)
+       AND EXISTS (SELECT FROM migrate._event e WHERE e.name = _drop.name AND e.kind = 'drop'
+                   AND EXISTS (SELECT FROM pg_roles r WHERE r.oid = e.owner) AND pg_has_role(caller, e.owner, 'MEMBER')) THEN
+        RAISE NOTICE 'migration "%" is dropped already', name;
+        RETURN 'dropped -> dropped';
+    END IF;
+    m := migrate._lock(caller, name);
+    IF m.phase NOT IN ('planned', 'cancelled', 'finalized') THEN
+        PERFORM migrate._raise('55000', format('migration "%s" cannot be dropped in phase %s', m.name, m.phase),
+            'It can in phases planned, cancelled and finalized.',
+            CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
+    END IF;
+    IF m.phase <> 'finalized' THEN
+        left_over := migrate._restore_views(m, caller);
+    END IF;
+    PERFORM migrate._drop_mapping_views(m.id);
+    DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
+    PERFORM migrate._event(m, caller, 'drop', left_over);
+    DELETE FROM migrate._migration x WHERE x.id = m.id;
+    RETURN format('%s -> dropped', m.phase) || coalesce(', ' || left_over, '');
+END $$;

@@ -1,0 +1,102 @@
+-- finalize and drop: the window, what is removed, what stands in the way.
+\set SHOW_CONTEXT never
+SET client_min_messages = warning;
+CREATE SCHEMA finalize_test;
+SET search_path = finalize_test;
+CREATE FUNCTION reach(migration text, goal text) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    FOR i IN 1 .. 600 LOOP
+        EXIT WHEN EXISTS (SELECT FROM migrate.migration m WHERE m.name = reach.migration AND m.phase = goal);
+        PERFORM pg_sleep(0.1);
+    END LOOP;
+    RETURN (SELECT m.phase FROM migrate.migration m WHERE m.name = reach.migration);
+END $$;
+CREATE TABLE users (id serial PRIMARY KEY, name text NOT NULL, bio text, city text, secret text);
+CREATE TABLE profiles (user_id int PRIMARY KEY, display_name text NOT NULL, bio text, city text);
+CREATE INDEX ON users (city, bio);
+INSERT INTO users (name, bio, city) SELECT 'user ' || g, 'bio', 'city' FROM generate_series(1, 20) g;
+SELECT migrate.define('m', 'users', 'profiles', $$ id AS user_id, name AS display_name, bio, city $$, on_target_delete => 'delete');
+SELECT migrate.set('m', 'accept_reverse_gaps', 'on');
+SELECT migrate.add_view('m', 'profile');
+SET client_min_messages = notice;
+
+SELECT migrate.finalize('m');
+\echo :LAST_ERROR_SQLSTATE
+SET client_min_messages = warning;
+SELECT migrate.start('m');
+SELECT reach('m', 'ready');
+SET client_min_messages = notice;
+SELECT migrate.finalize('m');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.drop('m');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.cutover('m');
+SELECT migrate.drop('m');
+\echo :LAST_ERROR_SQLSTATE
+
+-- the window
+DO $$ BEGIN PERFORM migrate.finalize('m');
+EXCEPTION WHEN object_not_in_prerequisite_state THEN RAISE NOTICE '%', regexp_replace(sqlerrm, 'until .*', 'until <time>'); END $$;
+SELECT migrate.finalize('m', force => 'yes');
+\echo :LAST_ERROR_SQLSTATE
+
+-- columns: by name, carried, no key, nothing depending
+SELECT migrate.finalize('m', force => 'm', drop_columns => '{nothing}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.finalize('m', force => 'm', drop_columns => '{id}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.finalize('m', force => 'm', drop_columns => '{secret}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio}', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+CREATE VIEW cities AS SELECT DISTINCT city FROM users;
+SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio,city}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT phase FROM migrate.migration WHERE name = 'm';
+SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE 'MIGRATE%_row';
+DROP VIEW cities;
+SELECT migrate.set('m', 'rollback_window', '0');
+SELECT migrate.finalize('m', drop_columns => '{bio,city}');
+SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum;
+SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE 'MIGRATE%';
+SELECT count(*) FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN migrate._migration m ON m.id = f.migration WHERE m.name = 'm';
+SELECT migrate.finalize('m');
+SELECT migrate.finalize('m', drop_columns => '{name}');
+\echo :LAST_ERROR_SQLSTATE
+
+-- the source, later: whatever depends on it is listed, nothing cascades; sequences that others use stay
+CREATE TABLE orders (id int PRIMARY KEY, user_id int REFERENCES users);
+CREATE VIEW names AS SELECT name FROM users;
+SELECT migrate.finalize('m', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+ALTER TABLE orders DROP CONSTRAINT orders_user_id_fkey;
+DROP VIEW names;
+SELECT migrate.finalize('m', drop_source => true);
+SELECT to_regclass('users') IS NULL AS gone;
+SELECT migrate.finalize('m', drop_source => true);
+INSERT INTO profile (display_name) VALUES ('after all') RETURNING user_id;
+SELECT migrate.serves('m');
+SELECT migrate.drop('m');
+SELECT migrate.drop('m');
+SELECT migrate.drop('never');
+\echo :LAST_ERROR_SQLSTATE
+SELECT count(*) FROM profile;
+
+-- shape source: the table that stepped aside is what goes; the view stays
+SET client_min_messages = warning;
+CREATE TABLE things (id bigserial PRIMARY KEY, name text NOT NULL);
+CREATE TABLE items (id bigint PRIMARY KEY, label text NOT NULL);
+INSERT INTO things (name) VALUES ('one'), ('two');
+SELECT migrate.define('t', 'things', 'items', $$ id, name AS label $$, on_target_delete => 'delete');
+SELECT migrate.add_view('t', 'things', shape => 'source');
+SELECT migrate.start('t');
+SELECT reach('t', 'ready');
+SET client_min_messages = notice;
+SELECT migrate.cutover('t');
+SELECT migrate.finalize('t', force => 't', drop_source => true);
+INSERT INTO things (name) VALUES ('three') RETURNING *;
+SELECT * FROM items ORDER BY id;
+SELECT migrate.drop('t');
+
+SET client_min_messages = warning;
+DROP SCHEMA finalize_test CASCADE;

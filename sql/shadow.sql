@@ -1,0 +1,146 @@
+-- Shadow reads: every type of key, tiny and partitioned tables, what differs is found and blocks cutover. The steps are called by hand here,
+-- as the worker calls them, in one snapshot each.
+\set SHOW_CONTEXT never
+SET client_min_messages = warning;
+CREATE SCHEMA shadow;
+SET search_path = shadow;
+\pset tuples_only on
+\pset format unaligned
+CREATE TABLE s_int (id int PRIMARY KEY, v text, n numeric);
+CREATE TABLE t_int (id bigint PRIMARY KEY, v text, n numeric);
+CREATE TABLE s_many (a text, b uuid, c timestamptz, d numeric, v text, PRIMARY KEY (a, b, c, d));
+CREATE TABLE t_many (kind text, b uuid, a text, d numeric, c timestamptz, v varchar(9), PRIMARY KEY (kind, b, a, d, c));
+CREATE TABLE s_part (id int, region text, v text, PRIMARY KEY (region, id)) PARTITION BY LIST (region);
+CREATE TABLE s_part_eu PARTITION OF s_part FOR VALUES IN ('eu');
+CREATE TABLE s_part_us PARTITION OF s_part DEFAULT;
+CREATE TABLE t_part (id int, region text, v text, PRIMARY KEY (region, id)) PARTITION BY HASH (id);
+CREATE TABLE t_part_0 PARTITION OF t_part FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE t_part_1 PARTITION OF t_part FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+CREATE TABLE s_tiny (id int PRIMARY KEY, v text);
+CREATE TABLE t_tiny (id int PRIMARY KEY, v text);
+CREATE TABLE s_none (id int PRIMARY KEY, v text);
+CREATE TABLE t_none (id int PRIMARY KEY, v text);
+SELECT migrate.define('shadow', 's_int', 't_int', 'id, v, n');
+SELECT migrate.add_flow('shadow', 's_many', 't_many', $$ 'x' AS kind, a, b, c, d, v $$);
+SELECT migrate.add_flow('shadow', 's_part', 't_part', 'id, region, upper(v) AS v', filter => 'id > 0');
+SELECT migrate.add_flow('shadow', 's_tiny', 't_tiny');
+SELECT migrate.add_flow('shadow', 's_none', 't_none');
+INSERT INTO s_int SELECT g, 'v' || g, g / 10.0 FROM generate_series(1, 1000) g;
+INSERT INTO t_int SELECT id, v, n FROM s_int;
+INSERT INTO s_many SELECT E'a,{"\\''\n' || g, md5(g::text)::uuid, '2020-01-01 00:00:00.000001+00'::timestamptz + g * interval '1 day', g / 3.0, 'v' FROM generate_series(1, 300) g;
+INSERT INTO t_many SELECT 'x', b, a, d, c, v FROM s_many;
+INSERT INTO t_many SELECT 'other', b, a, d, c, 'other' FROM s_many;
+INSERT INTO s_part SELECT g - 10, CASE g % 3 WHEN 0 THEN 'eu' ELSE 'us' END, 'v' || g FROM generate_series(1, 500) g;
+INSERT INTO t_part SELECT id, region, upper(v) FROM s_part WHERE id > 0;
+INSERT INTO s_tiny VALUES (1, NULL);
+INSERT INTO t_tiny VALUES (1, NULL);
+ANALYZE s_int, s_many, s_part, s_tiny;
+SELECT migrate.set('shadow', 'shadow_time', '1 s');
+
+-- A step is due as much as the time since the last one; here time goes by as it is told to.
+CREATE FUNCTION step(seconds int, m text DEFAULT 'shadow') RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE migrate._shadow SET stepped_at = clock_timestamp() - make_interval(secs => seconds);
+    RETURN migrate._shadow_step((SELECT id FROM migrate._migration WHERE name = m));
+END $$;
+CREATE PROCEDURE to_shadowing(m text DEFAULT 'shadow') LANGUAGE sql AS $$
+    UPDATE migrate._migration x SET phase = 'shadowing' WHERE x.name = m;
+    SELECT migrate._event(x, NULL, 'phase', 'test', 'validating', 'shadowing') FROM migrate._migration x WHERE x.name = m;
+$$;
+CREATE FUNCTION steps(n int, m text DEFAULT 'shadow') RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    verdict text;
+BEGIN
+    FOR i IN 1 .. n LOOP
+        verdict := step(1, m);
+        EXIT WHEN verdict <> 'more';
+    END LOOP;
+    RETURN verdict;
+END $$;
+
+-- Off, and on. Without a worker's read yet, the gate of cutover is shut.
+SELECT migrate._shadow_gate(id) FROM migrate._migration WHERE name = 'shadow';
+SELECT migrate.shadow('shadow', 1);
+SELECT migrate.shadow('shadow', 1);
+SELECT migrate.shadow('shadow', 1.5);
+SELECT migrate.shadow('shadow', NULL);
+SELECT migrate._shadow_gate(id) FROM migrate._migration WHERE name = 'shadow';
+
+CALL to_shadowing();
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SELECT step(0);
+COMMIT;
+SELECT steps(100);
+SELECT flow, direction, reads >= least(planned, 1000) AS enough, mismatches, source_avg_ms > 0 AS timed FROM migrate.shadow_reads ORDER BY flow;
+SELECT coalesce(migrate._shadow_gate(id), 'open') FROM migrate._migration WHERE name = 'shadow';
+
+-- Each kind of difference, on rows of its own.
+UPDATE t_int SET v = 'changed', n = -n WHERE id <= 300;
+DELETE FROM t_many WHERE kind = 'x';
+UPDATE s_many SET v = 'too long for nine' WHERE a LIKE '%1';
+INSERT INTO t_part SELECT g, 'eu', 'extra' FROM generate_series(10001, 10500) g;
+UPDATE t_tiny SET v = '';
+CALL to_shadowing();
+SELECT step(0);
+SELECT regexp_replace(steps(100), '\d+ of \d+|rate [0-9.]+', '…', 'g');
+SELECT steps(20) LIKE 'mismatch%' FROM generate_series(1, 10);
+SELECT DISTINCT flow, kind, columns, sqlstate FROM migrate.shadow_mismatches ORDER BY 1, 2, 3;
+SELECT key FROM migrate.shadow_mismatches WHERE flow = 'shadow.t_tiny';
+SELECT regexp_replace(migrate._shadow_gate(id), '\d+ of \d+|rate [0-9.]+', '…', 'g') FROM migrate._migration WHERE name = 'shadow';
+
+-- Image and semantic equality.
+CREATE TABLE s_eq (id int PRIMARY KEY, n numeric, j jsonb, x json);
+CREATE TABLE t_eq (id int PRIMARY KEY, n numeric, j jsonb, x json);
+INSERT INTO s_eq SELECT g, g, '{"a": 1}', '{}' FROM generate_series(1, 50) g;
+INSERT INTO t_eq SELECT g, g || '.00', '{"a": 1.0}', '{}' FROM generate_series(1, 50) g;
+SELECT migrate.define('eq', 's_eq', 't_eq');
+SELECT migrate.set('eq', 'shadow_time', '1 s'), migrate.shadow('eq', 1);
+CALL to_shadowing('eq');
+SELECT step(0, 'eq');
+SELECT regexp_replace(steps(100, 'eq'), '\d+ of \d+|rate [0-9.]+', '…', 'g');
+SELECT DISTINCT kind, columns FROM migrate.shadow_mismatches WHERE migration = 'eq';
+SELECT migrate.set('eq', 'equality', 'semantic');
+SELECT steps(100, 'eq');
+SELECT reads > 0, mismatches FROM migrate.shadow_reads WHERE migration = 'eq';
+
+-- A key that is known to differ is no news; a failing migration's rate is a matter of the limit.
+UPDATE t_eq SET n = -1 WHERE id = 1;
+DELETE FROM migrate._shadow WHERE flow = (SELECT id FROM migrate._flow WHERE source = 's_eq'::regclass);
+INSERT INTO migrate._failure (flow, direction, key, sqlstate, origin) SELECT id, 'forward', '{1}', '23505', 'dual_write' FROM migrate._flow WHERE source = 's_eq'::regclass;
+SELECT step(0, 'eq');
+SELECT steps(100, 'eq');
+SELECT mismatches FROM migrate.shadow_reads WHERE migration = 'eq';
+DELETE FROM migrate._failure;
+SELECT migrate.set('eq', 'max_shadow_mismatch_rate', '50 %');
+CALL to_shadowing('eq');
+SELECT step(0, 'eq');
+SELECT steps(100, 'eq');
+SELECT coalesce(migrate._shadow_gate(id), 'open') FROM migrate._migration WHERE name = 'eq';
+
+-- After cutover the sides are the other way round: rows that are deleted from the target and kept in the source do not count.
+UPDATE t_eq SET n = id;
+DELETE FROM t_eq WHERE id > 40;
+SELECT migrate.set('eq', 'on_target_delete', 'keep');
+UPDATE migrate._migration SET phase = 'cut_over' WHERE name = 'eq';
+SELECT step(0, 'eq');
+SELECT steps(20, 'eq');
+SELECT direction, reads + earlier_reads > 0, mismatches FROM migrate.shadow_reads WHERE migration = 'eq' ORDER BY 1;
+DELETE FROM s_eq WHERE id < 20;
+SELECT steps(20, 'eq');
+SELECT DISTINCT kind FROM migrate.shadow_mismatches WHERE migration = 'eq' AND direction = 'reverse';
+SELECT count(*) FROM migrate.events WHERE migration = 'eq' AND kind = 'shadow';
+
+-- Nobody else sees keys.
+CREATE ROLE regress_migrate_shadow;
+SELECT migrate.allow('regress_migrate_shadow', 'observe');
+SET ROLE regress_migrate_shadow;
+SELECT count(*) FROM migrate.shadow_reads;
+SELECT count(*) FROM migrate.shadow_mismatches;
+RESET ROLE;
+SELECT migrate.allow('regress_migrate_shadow', 'nothing');
+DROP ROLE regress_migrate_shadow;
+
+UPDATE migrate._migration SET phase = 'planned';
+SELECT count(migrate.drop(name)) FROM migrate.migration;
+SELECT count(*) FROM migrate._shadow;
+DROP SCHEMA shadow CASCADE;

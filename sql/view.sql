@@ -1,0 +1,139 @@
+-- add_view: both shapes; what is made, what is adopted, what is refused and how.
+\set SHOW_CONTEXT never
+SET client_min_messages = warning;
+CREATE SCHEMA view_test;
+SET search_path = view_test;
+CREATE ROLE regress_view_owner;
+CREATE ROLE regress_view_other;
+CREATE ROLE regress_view_reader;
+GRANT USAGE, CREATE ON SCHEMA view_test TO regress_view_owner, regress_view_other;
+GRANT USAGE ON SCHEMA view_test TO regress_view_reader;
+CREATE TABLE users (id bigserial PRIMARY KEY, name text NOT NULL, bio varchar(50), created_at timestamptz NOT NULL DEFAULT '2026-01-01');
+CREATE TABLE profiles (user_id bigint PRIMARY KEY, display_name text NOT NULL, bio varchar(50), created_at timestamptz NOT NULL, extra int);
+ALTER TABLE users OWNER TO regress_view_owner;
+ALTER TABLE profiles OWNER TO regress_view_owner;
+GRANT SELECT, INSERT ON users TO regress_view_reader;
+GRANT UPDATE (bio) ON users TO regress_view_reader;
+COMMENT ON TABLE users IS 'people';
+COMMENT ON COLUMN users.bio IS 'in short';
+INSERT INTO users (name, bio) VALUES ('Ada', 'first'), ('Bob', NULL);
+SET client_min_messages = notice;
+SELECT migrate.define('m', 'users', 'profiles', $$ id AS user_id, name AS display_name, bio, created_at $$, on_target_delete => 'delete');
+
+-- shape target: a new view over the source, with the source's grants
+SELECT migrate.add_view('m', 'profile');
+SELECT pg_get_viewdef('profile', true);
+SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = 'profile'::regclass ORDER BY attnum;
+SELECT relowner::regrole, relacl FROM pg_class WHERE oid = 'profile'::regclass;
+SELECT attname, attacl FROM pg_attribute WHERE attrelid = 'profile'::regclass AND attacl IS NOT NULL;
+SELECT * FROM profile ORDER BY user_id;
+UPDATE profile SET bio = 'second' WHERE user_id = 2;
+INSERT INTO profile (display_name) VALUES ('Cid') RETURNING *;
+SELECT * FROM users ORDER BY id;
+SELECT migrate.add_view('m', 'profile');
+
+-- what cannot be
+SELECT migrate.add_view('m', 'profile', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('m', 'p2', shape => 'round');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('nobody', 'p2');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('m', 'users');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('m', 'profiles', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('m', 'pg_temp.p2');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('m', 'no_such_schema.p2');
+\echo :LAST_ERROR_SQLSTATE
+CREATE SCHEMA view_test_closed;
+SELECT migrate.add_view('m', 'view_test_closed.p2');
+\echo :LAST_ERROR_SQLSTATE
+DROP SCHEMA view_test_closed;
+
+-- an existing view is adopted when its columns are the same: owner, options and grants stay
+CREATE VIEW wrong AS SELECT id AS user_id, name::varchar(10) AS display_name, 1 AS other FROM users;
+SELECT migrate.add_view('m', 'wrong');
+\echo :LAST_ERROR_SQLSTATE
+CREATE VIEW "Right one" WITH (security_barrier = true, check_option = 'local') AS
+    SELECT created_at, bio, id AS user_id, name AS display_name FROM users;
+ALTER VIEW "Right one" OWNER TO regress_view_owner;
+GRANT SELECT ON "Right one" TO PUBLIC;
+SELECT migrate.add_view('m', '"Right one"');
+SELECT pg_get_viewdef('"Right one"', true);
+SELECT relowner::regrole, reloptions, relacl FROM pg_class WHERE oid = '"Right one"'::regclass;
+
+-- who owns the view must have the rights on both tables
+ALTER TABLE profiles OWNER TO regress_view_other;
+SELECT migrate.add_view('m', 'p3');
+\echo :LAST_ERROR_SQLSTATE
+GRANT SELECT, INSERT, UPDATE, DELETE ON profiles TO regress_view_owner;
+SELECT migrate.add_view('m', 'p3');
+ALTER TABLE profiles OWNER TO regress_view_owner;
+
+-- dropping a planned migration leaves the views of shape target over the source
+SELECT migrate.drop('m');
+SELECT migrate.drop('m');
+SELECT count(*) FROM profile;
+DROP VIEW profile, "Right one", wrong, p3;
+
+-- shape source: the view takes the table's name
+SELECT migrate.define('s', 'users', 'profiles', $$ id AS user_id, name AS display_name, created_at $$, on_target_delete => 'delete');
+SELECT migrate.add_view('s', 'users', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.drop('s');
+SELECT migrate.define('s', 'users', 'profiles', $$ id AS user_id, name AS display_name, bio, created_at $$, on_target_delete => 'delete');
+CREATE VIEW early AS SELECT count(*) FROM users;
+CREATE TABLE users_migrate ();
+SELECT migrate.add_view('s', 'users', shape => 'source');
+SELECT pg_get_viewdef('users', true);
+SELECT relkind, relowner::regrole, relacl, obj_description(oid) FROM pg_class WHERE oid = 'users'::regclass;
+SELECT attname, attacl, col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = 'users'::regclass AND attacl IS NOT NULL;
+SET ROLE regress_view_reader;
+SELECT name, bio FROM users ORDER BY id;
+RESET ROLE;
+INSERT INTO users (name) VALUES ('Dora') RETURNING id, name, created_at = '2026-01-01' AS has_default;
+SELECT migrate.add_view('s', 'users', shape => 'source');
+SELECT migrate.cancel('s');
+SELECT relkind FROM pg_class WHERE oid = 'users'::regclass;
+SELECT to_regclass('users_migrate2') IS NULL AS gone;
+SELECT migrate.add_view('s', 'users', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.drop('s');
+
+-- columns of another type: exact types, written where PostgreSQL can
+CREATE TABLE wide (user_id numeric PRIMARY KEY, display_name varchar(200) COLLATE "C" NOT NULL, shout text);
+ALTER TABLE wide OWNER TO regress_view_owner;
+SELECT migrate.define('w', 'users', 'wide', $$ id AS user_id, name AS display_name, upper(name) AS shout $$, on_target_delete => 'keep');
+SELECT migrate.add_view('w', 'wide_view');
+SELECT attname, format_type(atttypid, atttypmod), (SELECT collname FROM pg_collation WHERE oid = attcollation)
+FROM pg_attribute WHERE attrelid = 'wide_view'::regclass ORDER BY attnum;
+SELECT migrate.drop('w');
+DROP VIEW wide_view;
+
+-- two flows: the view's name or its columns tell which one it is for
+CREATE TABLE contact (id bigint PRIMARY KEY, name text NOT NULL);
+CREATE TABLE about (id bigint PRIMARY KEY, bio text);
+ALTER TABLE contact OWNER TO regress_view_owner;
+ALTER TABLE about OWNER TO regress_view_owner;
+SELECT migrate.define('two', 'users', 'contact', on_target_delete => 'keep');
+SELECT migrate.add_flow('two', 'users', 'about', on_target_delete => 'keep', flow => 'about');
+SELECT migrate.add_view('two', 'nothing_known');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('two', 'about_view', flow => 'nothing_known');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.add_view('two', 'about_view', flow => 'about');
+SELECT * FROM about_view ORDER BY id;
+SELECT migrate.drop('two');
+
+-- row-level security of the source binds who reads through the view
+ALTER TABLE users ENABLE ROW LEVEL SECURITY;
+SELECT migrate.define('r', 'users', 'contact', on_target_delete => 'keep');
+SELECT migrate.add_view('r', 'contact_view');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.drop('r');
+
+SET client_min_messages = warning;
+DROP SCHEMA view_test CASCADE;
+DROP ROLE regress_view_owner, regress_view_other, regress_view_reader;

@@ -1,0 +1,265 @@
+// The primitive under row locks, for callers that do not hold them already: the backfill (a key range), retries and
+// repair (keys). Protocol P1: source rows are locked FOR SHARE SKIP LOCKED, so nobody changes them until the batch
+// commits and the application never waits for us longer than a batch; what was skipped is given back.
+#include "flow.hpp"
+#include "flow_sql.hpp"
+
+MIGRATE_FUNCTION(migrate_apply_keys)
+MIGRATE_FUNCTION(migrate_apply_range)
+
+namespace migrate {
+namespace {
+
+constexpr int kBackground = SECURITY_RESTRICTED_OPERATION;
+
+Mapping *require_mapping(int32 flow, bool reverse) {
+    Mapping *m = load_mapping(flow, reverse);
+    if (m == NULL)
+        ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
+                        errmsg("flow %d has no %s mapping", flow, reverse ? "reverse" : "forward")));
+    return m;
+}
+
+// A row of the view as the text[] of its key
+void view_key_text(Sql &sql, const Mapping *m, const char *alias) {
+    sql.add("ARRAY[");
+    for (int i = 0; i < m->nparams; i++)
+        sql.comma(i == 0).add(alias).add(".").column(m->view, m->key[m->params[i]].view).add("::text");
+    sql.add("]");
+}
+
+// (v.k1, v.k2) <operator> (($n)[1]::t1, ($n)[2]::t2), where parameter n is a key as text[]
+void compare_key(Sql &sql, const Mapping *m, const char *op, int param) {
+    view_key(sql.add("ROW("), m, "v");
+    sql.add(") OPERATOR(pg_catalog.").add(op).add(") ROW(");
+    for (int i = 0; i < m->nparams; i++)
+        sql.comma(i == 0).addf("($%d)[%d]::", param, i + 1).type(m->key[m->params[i]].origin_type);
+    sql.add(")");
+}
+
+struct Range {
+    Datum bounds[2];  // low (exclusive), high (inclusive) as text[]
+    char nulls[3];    // 'n': open on that side
+};
+
+// ROW(v.k) > low AND ROW(v.k) <= high
+char *in_range(const Mapping *m, const Range &range) {
+    Sql sql;
+    sql.add("true");
+    if (range.nulls[0] != 'n') compare_key(sql.add(" AND "), m, ">", 1);
+    if (range.nulls[1] != 'n') compare_key(sql.add(" AND "), m, "<=", 2);
+    return pstrdup(sql.c_str());
+}
+
+constexpr Oid kRangeTypes[2] = {TEXTARRAYOID, TEXTARRAYOID};
+
+// SELECT ARRAY[v.k::text] FROM view v WHERE <range> ORDER BY v.k OFFSET n - 1 LIMIT 1: the key that ends the batch.
+// Narrows range->bounds[1] to it; false where fewer rows are left (the batch then takes the range to its end).
+bool narrow_to(const Mapping *m, Range *range, int max_rows, MemoryContext result) {
+    Sql sql;
+    view_key_text(sql.add("SELECT "), m, "v");
+    sql.add(" FROM ").relation(m->view).add(" v WHERE ").add(in_range(m, *range)).add(" ORDER BY ");
+    view_key(sql, m, "v");
+    sql.addf(" OFFSET %d LIMIT 1", max_rows - 1);
+    if (run_sql(sql.c_str(), 2, kRangeTypes, range->bounds, range->nulls) == 0) return false;
+    bool isnull;
+    const Datum key = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
+    MemoryContext old = MemoryContextSwitchTo(result);
+    range->bounds[1] = datumCopy(key, false, -1);
+    MemoryContextSwitchTo(old);
+    range->nulls[1] = ' ';
+    return true;
+}
+
+// l.k1 = v.k1 AND …, both rows of the view
+void same_key(Sql &sql, const Mapping *m) {
+    for (int i = 0; i < m->nparams; i++) {
+        const AttrNumber column = m->key[m->params[i]].view;
+        sql.sep(i == 0, " AND ")
+            .add("l.")
+            .column(m->view, column)
+            .add(" OPERATOR(pg_catalog.=) v.")
+            .column(m->view, column);
+    }
+}
+
+// WITH locked AS MATERIALIZED (SELECT * FROM view v WHERE <range> FOR SHARE SKIP LOCKED),
+//      copied AS (INSERT INTO dest … SELECT … FROM locked v … RETURNING 1)
+// SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied),
+//        (SELECT array_agg(v.key) FROM view v WHERE <range> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
+char *copy_sql(const Mapping *m, const Range &range) {
+    const char *condition = in_range(m, range);
+    Sql sql;
+    sql.add("WITH locked AS MATERIALIZED (SELECT v.* FROM ")
+        .relation(m->view)
+        .add(" v WHERE ")
+        .add(condition)
+        .add(" FOR SHARE OF v SKIP LOCKED), copied AS (");
+    insert_from(sql, m, "locked", "true");
+    sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
+    view_key_text(sql, m, "v");
+    sql.add(") FROM ")
+        .relation(m->view)
+        .add(" v WHERE ")
+        .add(condition)
+        .add(" AND NOT EXISTS (SELECT FROM locked l WHERE ");
+    same_key(sql, m);
+    sql.add("))");
+    return pstrdup(sql.c_str());
+}
+
+// The typed key arrays out of a list of keys as 2-D text[].
+// SELECT array_agg(($1)[i][1]::t1), array_agg(($1)[i][2]::t2) FROM generate_subscripts($1, 1) AS i WHERE <condition>
+char *typed_arrays_sql(const Mapping *m) {
+    Sql sql;
+    sql.add("SELECT ");
+    for (int i = 0; i < m->nparams; i++)
+        sql.comma(i == 0).addf("array_agg(($1)[i][%d]::", i + 1).type(m->key[m->params[i]].origin_type).add(")");
+    sql.add(" FROM generate_subscripts($1, 1) AS i");
+    return pstrdup(sql.c_str());
+}
+
+KeyArrays typed_arrays(const Mapping *m, Datum keys) {
+    const Oid types[1] = {TEXTARRAYOID};
+    run_sql(typed_arrays_sql(m), 1, types, &keys);
+    Datum *arrays = (Datum *)palloc(sizeof(Datum) * m->nparams);
+    for (int i = 0; i < m->nparams; i++) {
+        bool isnull;
+        arrays[i] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, i + 1, &isnull);
+        if (isnull) return NULL;
+        arrays[i] = datumCopy(arrays[i], false, -1);
+    }
+    return arrays;
+}
+
+// Locks what can be locked at once of the view's and dest's rows with these keys; true when nothing was left out.
+// WITH src AS MATERIALIZED (SELECT 1 FROM view v WHERE <keys> FOR SHARE SKIP LOCKED),
+//      dst AS MATERIALIZED (SELECT 1 FROM dest d WHERE <keys> FOR UPDATE SKIP LOCKED)
+// SELECT (SELECT count(*) FROM src) = (SELECT count(*) FROM view v WHERE <keys>)
+//    AND (SELECT count(*) FROM dst) = (SELECT count(*) FROM dest d WHERE <keys>)
+bool lock_keys(const Mapping *m, KeyArrays keys) {
+    const char *from_view = view_key_in_params(m), *from_dest = dest_key_in_params(m);
+    Sql sql;
+    sql.add("WITH src AS MATERIALIZED (SELECT 1 FROM ")
+        .relation(m->view)
+        .add(" v WHERE ")
+        .add(from_view)
+        .add(" FOR SHARE OF v SKIP LOCKED), ");
+    sql.add("dst AS MATERIALIZED (SELECT 1 FROM ")
+        .relation(m->dest)
+        .add(" d WHERE ")
+        .add(from_dest)
+        .add(" FOR UPDATE OF d SKIP LOCKED) ");
+    sql.add("SELECT (SELECT count(*) FROM src) = (SELECT count(*) FROM ")
+        .relation(m->view)
+        .add(" v WHERE ")
+        .add(from_view)
+        .add(") AND ");
+    sql.add("(SELECT count(*) FROM dst) = (SELECT count(*) FROM ")
+        .relation(m->dest)
+        .add(" d WHERE ")
+        .add(from_dest)
+        .add(")");
+    Oid types[INDEX_MAX_KEYS];
+    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    run_sql(sql.c_str(), m->nparams, types, keys);
+    bool isnull;
+    return DatumGetBool(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+}
+
+// The rows of one list of keys made right; false, and nothing done, where one of them is locked by somebody else.
+// The lock on dest's row keeps a writer of the same key from getting between the look and the delete.
+bool apply_locked(Mapping *m, Datum keys) {
+    KeyArrays arrays = typed_arrays(m, keys);
+    if (arrays == NULL) return true;
+    if (!lock_keys(m, arrays)) return false;
+    if (m->carry_delete) remove_keys(m, arrays);
+    upsert_keys(m, arrays);
+    return true;
+}
+
+Datum one_key(ArrayType *keys, int index, int width, Datum *elements, bool *nulls) {
+    int dims[2] = {1, width}, lower[2] = {1, 1};
+    return PointerGetDatum(construct_md_array(elements + index * width, nulls + index * width, 2, dims, lower, TEXTOID,
+                                              -1, false, TYPALIGN_INT));
+}
+
+}  // namespace
+}  // namespace migrate
+
+using namespace migrate;
+
+// migrate._apply_range(flow int, low text[], high text[], max_rows int, OUT rows_done bigint, OUT rows_written bigint,
+//                      OUT reached text[], OUT skipped text[])
+// Copies the next at most max_rows rows of (low, high] in key order. reached: the key of the last row considered, NULL
+// when the range is exhausted. skipped: keys (2-D) whose rows were locked; they are the caller's to queue in this
+// transaction.
+Datum migrate_apply_range(PG_FUNCTION_ARGS) {
+    const int max_rows = PG_GETARG_INT32(3);
+    if (max_rows < 1)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("max_rows is %d, below 1", max_rows)));
+    Range range = {{PG_ARGISNULL(1) ? (Datum)0 : PG_GETARG_DATUM(1), PG_ARGISNULL(2) ? (Datum)0 : PG_GETARG_DATUM(2)},
+                   {PG_ARGISNULL(1) ? 'n' : ' ', PG_ARGISNULL(2) ? 'n' : ' ', 0}};
+    TupleDesc desc;
+    if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");
+    MemoryContext result = CurrentMemoryContext;
+    Datum values[4] = {};
+    bool nulls[4] = {};
+
+    with_spi([&] {
+        Mapping *m = require_mapping(PG_GETARG_INT32(0), false);
+        as_dest_owner(m, kBackground, [&] {
+            pin_output_settings();
+            nulls[2] = !narrow_to(m, &range, max_rows, result);
+            values[2] = range.bounds[1];
+            run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);
+            values[0] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &nulls[0]);
+            values[1] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &nulls[1]);
+            values[3] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 3, &nulls[3]);
+            MemoryContext old = MemoryContextSwitchTo(result);
+            if (!nulls[3]) values[3] = datumCopy(values[3], false, -1);
+            MemoryContextSwitchTo(old);
+        });
+        free_mapping(m);
+    });
+    PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+// migrate._apply_keys(flow int, direction text, keys text[]) RETURNS text[]
+// keys: a list (2-D). Returns those that somebody else holds locked, which are still to do; NULL when none is.
+Datum migrate_apply_keys(PG_FUNCTION_ARGS) {
+    ArrayType *keys = PG_GETARG_ARRAYTYPE_P(2);
+    if (ARR_NDIM(keys) == 0) PG_RETURN_NULL();
+    if (ARR_NDIM(keys) != 2)
+        ereport(ERROR,
+                (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("keys have %d dimensions, not 2", ARR_NDIM(keys))));
+    const int nkeys = ARR_DIMS(keys)[0], width = ARR_DIMS(keys)[1];
+    const bool reverse = strcmp(text_to_cstring(PG_GETARG_TEXT_PP(1)), "reverse") == 0;
+    Datum *elements;
+    bool *element_null;
+    int n;
+    deconstruct_array(keys, TEXTOID, -1, false, TYPALIGN_INT, &elements, &element_null, &n);
+    ArrayBuildStateAny *busy = NULL;
+    MemoryContext result = CurrentMemoryContext;
+
+    with_spi([&] {
+        Mapping *m = require_mapping(PG_GETARG_INT32(0), reverse);
+        if (width != m->nparams)
+            ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
+                            errmsg("keys have %d columns, not %d", width, m->nparams)));
+        as_dest_owner(m, kBackground, [&] {
+            pin_output_settings();
+            if (apply_locked(m, PointerGetDatum(keys))) return;
+            for (int i = 0; i < nkeys; i++) {  // somebody holds one of them: take the others
+                if (apply_locked(m, one_key(keys, i, width, elements, element_null))) continue;
+                int dims[1] = {width}, lower[1] = {1};
+                Datum key = PointerGetDatum(construct_md_array(elements + i * width, element_null + i * width, 1, dims,
+                                                               lower, TEXTOID, -1, false, TYPALIGN_INT));
+                busy = accumArrayResultAny(busy, key, false, TEXTARRAYOID, result);
+            }
+        });
+        free_mapping(m);
+    });
+    if (busy == NULL) PG_RETURN_NULL();
+    PG_RETURN_DATUM(makeArrayResultAny(busy, CurrentMemoryContext, true));
+}

@@ -1,0 +1,58 @@
+// Typed access to migrate._mapping: all that the apply primitive knows of a flow in one direction. No policy.
+#pragma once
+#include "spi.hpp"
+
+namespace migrate {
+
+struct KeyColumn {
+    AttrNumber dest;
+    AttrNumber origin;     // 0: a constant
+    AttrNumber view;       // position in the mapping view
+    const char *constant;  // its text in dest's type; NULL unless origin is 0
+    Oid origin_type;
+    Oid dest_type;
+};
+
+// A failed write's consequence for the statement of the application that caused it.
+enum class OnFailure { kRaise, kRecord };
+
+struct Mapping {
+    int32 flow;
+    int32 migration;
+    bool reverse;
+    Oid view;
+    Oid origin;
+    Oid dest;
+    Oid dest_owner;
+    int ncolumns;
+    AttrNumber *columns;  // attribute of dest of each column of the view
+    int nreads;
+    AttrNumber *reads;  // attributes of origin the view reads; a single 0: all
+    int nkey;
+    KeyColumn *key;
+    int nparams;  // key columns that are no constants: the width of a key
+    int *params;  // their positions in key
+    int nshared;  // other mapping views with the same dest, whose rows must not be deleted
+    Oid *shared;
+    AttrNumber *shared_key;  // nkey positions for each of them
+    bool filtered;           // a row may leave the view without leaving origin
+    bool ambiguous;          // origin's key is deferrable: a key may stand twice for a moment
+    bool partial;            // dest has columns that an INSERT from here could not fill: update first
+    bool carry_delete;       // a key that the view has not is deleted from dest
+    bool delete_at_once;     // dest references origin: rows of dest go before the foreign key is checked
+    bool insert_at_once;     // origin references dest: rows of dest come before the foreign key is checked
+    bool upsert_may_fail;
+    bool delete_may_fail;
+    OnFailure on_failure;
+    MemoryContext context;
+    SPIPlanPtr upsert, update, remove;  // kept plans, made on first use
+};
+
+// Loads the mapping into a memory context of its own below CacheMemoryContext, by the latest snapshot. SPI must be
+// connected. NULL when there is no such mapping.
+Mapping *load_mapping(int32 flow, bool reverse);
+
+// Frees the mapping with its plans.
+void free_mapping(Mapping *mapping);
+
+}  // namespace migrate

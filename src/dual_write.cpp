@@ -1,0 +1,338 @@
+// The dual-write triggers. The row trigger notes the keys a row event touched; the statement trigger, which fires after
+// every row trigger of the statement, applies them in bulk from the state the statement left. Where a foreign key
+// between the two tables must find dest's row gone (or there) earlier, the row trigger applies the key at once: its
+// name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (a partition attached since) is applied
+// before the commit.
+#include "dual_write.hpp"
+#include "flow.hpp"
+#include "text.hpp"
+#include "touched.hpp"
+
+MIGRATE_FUNCTION(migrate_dual_write_row)
+MIGRATE_FUNCTION(migrate_dual_write_flush)
+MIGRATE_FUNCTION(migrate_dual_write_truncate)
+MIGRATE_FUNCTION(migrate_invalidate)
+
+namespace migrate {
+namespace {
+
+// A statement that touches more keys than this is applied in pieces, so that memory stays flat.
+constexpr int kFlushAt = 10000;
+// More subtransactions than 64 with a transaction ID in one transaction make every snapshot on a replica slow.
+constexpr int kMaxSubtransactions = 48;
+
+struct CacheKey {
+    int32 flow;
+    bool reverse;
+};
+
+struct CacheEntry {
+    CacheKey key;
+    Mapping *mapping;
+    bool stale;
+    Touched touched;
+};
+
+HTAB *cache = NULL;
+// Subtransactions this top-level transaction has used to keep failures from the application.
+int subtransactions = 0;
+
+// ---- the cache of mappings ------------------------------------------------------------------------------------------
+
+// Any change to origin or dest (DDL, options by migrate._invalidate) makes the mapping be read again.
+void relation_changed(Datum, Oid relid) {
+    HASH_SEQ_STATUS scan;
+    hash_seq_init(&scan, cache);
+    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
+        if (entry->mapping && (relid == InvalidOid || relid == entry->mapping->origin ||
+                               relid == entry->mapping->dest || relid == entry->mapping->view))
+            entry->stale = true;
+}
+
+void create_cache() {
+    HASHCTL control = {};
+    control.keysize = sizeof(CacheKey);
+    control.entrysize = sizeof(CacheEntry);
+    control.hcxt = CacheMemoryContext;
+    cache = hash_create("migrate_ext mappings", 16, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+    CacheRegisterRelcacheCallback(relation_changed, (Datum)0);
+}
+
+// The trigger's arguments are the flow and the direction. NULL where the mapping is gone.
+CacheEntry *find_entry(const Trigger *trigger) {
+    if (trigger->tgnargs != 2) elog(ERROR, "trigger \"%s\" has %d arguments, not 2", trigger->tgname, trigger->tgnargs);
+    if (cache == NULL) create_cache();
+    CacheKey key;
+    memset(&key, 0, sizeof key);  // padding is part of the hash
+    key.flow = pg_strtoint32(trigger->tgargs[0]);
+    key.reverse = strcmp(trigger->tgargs[1], "reverse") == 0;
+    bool found;
+    CacheEntry *entry = (CacheEntry *)hash_search(cache, &key, HASH_ENTER, &found);
+    if (!found) entry->mapping = NULL, entry->stale = false, memset(&entry->touched, 0, sizeof(Touched));
+    const bool unused = entry->touched.upsert.n == 0 && entry->touched.remove.n == 0;
+    if (entry->mapping && entry->stale && unused && !is_applying(entry->mapping->migration)) {
+        free_mapping(entry->mapping);
+        entry->mapping = NULL;
+    }
+    if (entry->mapping == NULL) {
+        entry->stale = false;
+        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse); });
+    }
+    return entry->mapping ? entry : NULL;
+}
+
+// ---- applying what was touched
+// ---------------------------------------------------------------------------------------
+
+// INSERT INTO migrate._failure … as the extension's owner: in the application's transaction, so that it commits with
+// it.
+void record_failures(const Mapping *m, const KeyList &list, int from, int to, const char *state, const char *object) {
+    Oid types[5] = {INT4OID, TEXTOID, TEXTARRAYOID, TEXTOID, TEXTOID};
+    char nulls[6] = "     ";
+    if (object == NULL) nulls[4] = 'n';
+    with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
+        pin_output_settings();
+        for (int i = from; i < to; i++) {
+            Datum values[5] = {Int32GetDatum(m->flow), CStringGetTextDatum(m->reverse ? "reverse" : "forward"),
+                               key_text(list, m, i), CStringGetTextDatum(state),
+                               object ? CStringGetTextDatum(object) : (Datum)0};
+            run_sql(
+                "INSERT INTO migrate._failure (flow, direction, key, sqlstate, object, origin) VALUES ($1, $2, $3, $4, "
+                "$5, 'dual_write')",
+                5, types, values, nulls);
+        }
+    });
+}
+
+enum class Write { kUpsert, kRemove };
+
+void apply_plainly(Mapping *m, Write write, const KeyList &list, int from, int to) {
+    Datum *arrays = key_arrays(list, m, from, to);
+    if (write == Write::kUpsert)
+        upsert_keys(m, arrays);
+    else
+        remove_keys(m, arrays);
+}
+
+// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection.
+bool must_pass_on(const ErrorData *error) {
+    return ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION;
+}
+
+// best_effort: in one subtransaction; when that fails, in halves down to the row, as long as the transaction may still
+// use subtransactions. What cannot be applied is recorded, and a worker retries it.
+void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
+                     const char *last_object) {
+    if (subtransactions >= kMaxSubtransactions) {
+        record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
+        return;
+    }
+    subtransactions++;
+    auto step = [&] { apply_plainly(m, write, list, from, to); };
+    ErrorData *error = attempt(Undo::kSubtransaction, step);
+    if (error == NULL) return;
+    if (must_pass_on(error)) ReThrowError(error);
+    const char *state = pstrdup(unpack_sql_state(error->sqlerrcode));
+    const char *object = error->constraint_name ? error->constraint_name : error->column_name;
+    if (to - from == 1) {
+        record_failures(m, list, from, to, state, object);
+        return;
+    }
+    const int middle = from + (to - from) / 2;
+    apply_or_record(m, write, list, from, middle, state, object);
+    apply_or_record(m, write, list, middle, to, state, object);
+}
+
+void apply_list(Mapping *m, Write write, const KeyList &list) {
+    if (list.n == 0) return;
+    const bool may_fail = write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail;
+    if (may_fail && m->on_failure == OnFailure::kRecord)
+        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
+    else
+        apply_plainly(m, write, list, 0, list.n);
+}
+
+// Deletes come first: a key that was taken away and given to another row must be free before that row is written.
+void flush(CacheEntry *entry) {
+    Touched touched = entry->touched;
+    if (touched.upsert.n == 0 && touched.remove.n == 0) return;
+    // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's trigger) the
+    // keys stay: what is applied here may yet be rolled back.
+    const bool final = GetCurrentTransactionNestLevel() <= touched.nest_level;
+    if (final) memset(&entry->touched, 0, sizeof(Touched));
+    Mapping *m = entry->mapping;
+    with_spi([&] {
+        apply_list(m, Write::kRemove, touched.remove);
+        apply_list(m, Write::kUpsert, touched.upsert);
+    });
+    if (final) MemoryContextDelete(touched.context);
+}
+
+CacheEntry *any_touched() {
+    CacheEntry *found = NULL;
+    HASH_SEQ_STATUS scan;
+    hash_seq_init(&scan, cache);
+    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
+        if (entry->touched.upsert.n > 0 || entry->touched.remove.n > 0) found = entry;
+    return found;
+}
+
+// One write may lead to another, where one migration's target is another's source.
+void flush_all() {
+    if (cache == NULL || any_touched() == NULL) return;
+    PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
+    while (CacheEntry *entry = any_touched()) flush(entry);
+    PopActiveSnapshot();
+}
+
+// What a lost transaction touched needs no writing; its memory is gone with it.
+void at_transaction_end(XactEvent event, void *) {
+    if (event == XACT_EVENT_PRE_COMMIT || event == XACT_EVENT_PRE_PREPARE) {
+        flush_all();
+        return;
+    }
+    if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
+    subtransactions = 0;
+    if (cache == NULL) return;
+    HASH_SEQ_STATUS scan;
+    hash_seq_init(&scan, cache);
+    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan)) memset(&entry->touched, 0, sizeof(Touched));
+}
+
+// ---- what a row event touched
+// ------------------------------------------------------------------------------------------
+
+// The attribute of the trigger's relation (a partition may number them otherwise) that is origin's `attnum`.
+AttrNumber local_attnum(const Mapping *m, Relation relation, AttrNumber attnum) {
+    if (RelationGetRelid(relation) == m->origin) return attnum;
+    return get_attnum(RelationGetRelid(relation), get_attname(m->origin, attnum, false));
+}
+
+void read_key(const Mapping *m, Relation relation, TupleTableSlot *slot, Datum *values) {
+    for (int i = 0; i < m->nparams; i++) {
+        bool isnull;
+        values[i] = slot_getattr(slot, local_attnum(m, relation, m->key[m->params[i]].origin), &isnull);
+        if (isnull)
+            ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION),
+                            errmsg("null in key column \"%s\" of \"%s\"",
+                                   get_attname(m->origin, m->key[m->params[i]].origin, false),
+                                   RelationGetRelationName(relation)),
+                            errhint("A migrated key must be NOT NULL: ALTER TABLE %s ALTER COLUMN … SET NOT NULL;",
+                                    RelationGetRelationName(relation))));
+    }
+}
+
+bool same_value(TupleTableSlot *a, TupleTableSlot *b, AttrNumber attnum) {
+    bool a_null, b_null;
+    const Datum left = slot_getattr(a, attnum, &a_null), right = slot_getattr(b, attnum, &b_null);
+    if (a_null || b_null) return a_null && b_null;
+    const Form_pg_attribute att = TupleDescAttr(a->tts_tupleDescriptor, attnum - 1);
+    if (att->attlen == -1 && DatumGetPointer(left) != DatumGetPointer(right) &&
+        VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(left)) && VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(right)) &&
+        memcmp(DatumGetPointer(left), DatumGetPointer(right), VARSIZE_EXTERNAL(DatumGetPointer(left))) == 0)
+        return true;  // an unchanged toasted value: the same pointer
+    return datum_image_eq(left, right, att->attbyval, att->attlen);
+}
+
+// Whether nothing that the mapping reads has changed: then dest's row is right already.
+bool unchanged(const Mapping *m, Relation relation, TupleTableSlot *before, TupleTableSlot *after) {
+    if (m->nreads == 1 && m->reads[0] == 0) return false;
+    for (int i = 0; i < m->nreads; i++)
+        if (!same_value(before, after, local_attnum(m, relation, m->reads[i]))) return false;
+    return true;
+}
+
+bool same_key(const Mapping *m, Relation relation, TupleTableSlot *before, TupleTableSlot *after) {
+    for (int i = 0; i < m->nparams; i++)
+        if (!same_value(before, after, local_attnum(m, relation, m->key[m->params[i]].origin))) return false;
+    return true;
+}
+
+void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTableSlot *slot) {
+    Datum values[INDEX_MAX_KEYS];
+    read_key(entry->mapping, relation, slot, values);
+    Touched &touched = entry->touched;
+    const int nest_level = GetCurrentTransactionNestLevel();
+    touched.nest_level = touched.context ? Min(touched.nest_level, nest_level) : nest_level;
+    if (touched.context == NULL)
+        touched.context = AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
+    append_key(&(touched.*list), entry->mapping, values, touched.context);
+}
+
+// A key that a row has lost. Where origin's key is deferrable another row may have it too, and be the one that stays.
+void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
+    if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot);
+    if (entry->mapping->ambiguous) touch(entry, &Touched::upsert, relation, slot);
+}
+
+void note_event(CacheEntry *entry, TriggerData *data) {
+    const Mapping *m = entry->mapping;
+    Relation relation = data->tg_relation;
+    TupleTableSlot *row = data->tg_trigslot;
+    bool at_once =
+        SessionReplicationRole == SESSION_REPLICATION_ROLE_REPLICA;  // an apply worker fires no statement triggers
+    if (TRIGGER_FIRED_BY_INSERT(data->tg_event)) {
+        touch(entry, &Touched::upsert, relation, row);
+        at_once = at_once || m->insert_at_once;
+    } else if (TRIGGER_FIRED_BY_DELETE(data->tg_event)) {
+        touch_old_key(entry, relation, row);
+        at_once = at_once || m->delete_at_once;
+    } else {
+        TupleTableSlot *after = data->tg_newslot;
+        if (unchanged(m, relation, row, after)) return;
+        const bool moved = !same_key(m, relation, row, after);
+        if (moved || m->filtered) {
+            touch_old_key(entry, relation, row);
+            at_once = at_once || m->delete_at_once;
+        }
+        touch(entry, &Touched::upsert, relation, after);
+        at_once = at_once || (moved && m->insert_at_once);
+    }
+    if (at_once || entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt) flush(entry);
+}
+
+TriggerData *trigger_data(FunctionCallInfo fcinfo) {
+    if (!CALLED_AS_TRIGGER(fcinfo))
+        ereport(ERROR, (errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED), errmsg("not called by trigger manager")));
+    return (TriggerData *)fcinfo->context;
+}
+
+}  // namespace
+
+void init_dual_write() {
+    RegisterXactCallback(at_transaction_end, NULL);
+}
+
+}  // namespace migrate
+
+using namespace migrate;
+
+// AFTER INSERT OR UPDATE OR DELETE … FOR EACH ROW EXECUTE FUNCTION migrate._dual_write_row(flow, direction)
+Datum migrate_dual_write_row(PG_FUNCTION_ARGS) {
+    TriggerData *data = trigger_data(fcinfo);
+    CacheEntry *entry = find_entry(data->tg_trigger);
+    if (entry && !is_applying(entry->mapping->migration)) note_event(entry, data);
+    return PointerGetDatum(NULL);
+}
+
+// AFTER INSERT OR UPDATE OR DELETE … FOR EACH STATEMENT EXECUTE FUNCTION migrate._dual_write_flush(flow, direction)
+Datum migrate_dual_write_flush(PG_FUNCTION_ARGS) {
+    CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
+    if (entry && !is_applying(entry->mapping->migration)) flush(entry);
+    return PointerGetDatum(NULL);
+}
+
+// AFTER TRUNCATE … FOR EACH STATEMENT EXECUTE FUNCTION migrate._dual_write_truncate(flow, direction)
+Datum migrate_dual_write_truncate(PG_FUNCTION_ARGS) {
+    CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
+    if (entry && entry->mapping->carry_delete && !is_applying(entry->mapping->migration))
+        with_spi([&] { remove_all_missing(entry->mapping); });
+    return PointerGetDatum(NULL);
+}
+
+// migrate._invalidate(relation regclass) RETURNS void: every backend reads the relation's mappings again, from the
+// commit on.
+Datum migrate_invalidate(PG_FUNCTION_ARGS) {
+    CacheInvalidateRelcacheByRelid(PG_GETARG_OID(0));
+    PG_RETURN_VOID();
+}

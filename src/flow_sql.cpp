@@ -1,0 +1,195 @@
+#include "flow_sql.hpp"
+
+namespace migrate {
+namespace {
+
+constexpr const char *kEqual = " OPERATOR(pg_catalog.=) ";
+
+// v."column" of the view
+void view_column(Sql &sql, const Mapping *m, const char *alias, AttrNumber position) {
+    sql.add(alias).add(".").column(m->view, position);
+}
+
+// v.k1 = (d.k1)::origin_type AND …: one row of dest against the view; constants are compared as well.
+// `sibling` is the number of another view that feeds dest, or -1 for the mapping's own.
+void view_row_is_dest_row(Sql &sql, const Mapping *m, int sibling = -1) {
+    for (int i = 0; i < m->nkey; i++) {
+        const KeyColumn &key = m->key[i];
+        const Oid view = sibling < 0 ? m->view : m->shared[sibling];
+        const AttrNumber position = sibling < 0 ? key.view : m->shared_key[sibling * m->nkey + i];
+        sql.sep(i == 0, " AND ")
+            .add("v.")
+            .column(view, position)
+            .add(kEqual)
+            .add("(d.")
+            .column(m->dest, key.dest)
+            .add(")");
+        if (key.origin != 0 && key.origin_type != key.dest_type) sql.add("::").type(key.origin_type);
+    }
+}
+
+// (c1, c2, …) of dest
+void dest_columns(Sql &sql, const Mapping *m) {
+    for (int i = 0; i < m->ncolumns; i++) sql.comma(i == 0).column(m->dest, m->columns[i]);
+}
+
+void view_columns(Sql &sql, const Mapping *m, const char *alias) {
+    for (int i = 0; i < m->ncolumns; i++) view_column(sql.comma(i == 0), m, alias, i + 1);
+}
+
+bool is_key(const Mapping *m, AttrNumber dest_column) {
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].dest == dest_column) return true;
+    return false;
+}
+
+// Calls each(column, is_first) for the columns that are no part of the key; returns how many there are.
+template <class Fn>
+int for_each_value_column(const Mapping *m, Fn each) {
+    int n = 0;
+    for (int i = 0; i < m->ncolumns; i++)
+        if (!is_key(m, m->columns[i])) each(i, n++ == 0);
+    return n;
+}
+
+// ON CONFLICT (k) DO UPDATE SET c = excluded.c, … WHERE (d.c, …) *<> (excluded.c, …)
+// The arbiter is the mapped key only: a conflict on any other unique index is an error, never another row's end.
+void on_conflict(Sql &sql, const Mapping *m) {
+    sql.add(" ON CONFLICT (");
+    for (int i = 0; i < m->nkey; i++) sql.comma(i == 0).column(m->dest, m->key[i].dest);
+    sql.add(") DO ");
+    Sql set, ours, theirs;
+    const int n = for_each_value_column(m, [&](int i, bool first) {
+        const char *name = quote_identifier(get_attname(m->dest, m->columns[i], false));
+        set.comma(first).add(name).add(" = excluded.").add(name);
+        ours.comma(first).add("d.").add(name);
+        theirs.comma(first).add("excluded.").add(name);
+    });
+    if (n == 0)
+        sql.add("NOTHING");
+    else
+        sql.add("UPDATE SET ")
+            .add(set.c_str())
+            .add(" WHERE ROW(")
+            .add(ours.c_str())
+            .add(")::record OPERATOR(pg_catalog.*<>) ROW(")
+            .add(theirs.c_str())
+            .add(")::record");
+}
+
+}  // namespace
+
+char *qualified(Oid relid) {
+    Sql sql;
+    return pstrdup(sql.relation(relid).c_str());
+}
+
+void view_key(Sql &sql, const Mapping *m, const char *alias) {
+    for (int i = 0; i < m->nparams; i++) view_column(sql.comma(i == 0), m, alias, m->key[m->params[i]].view);
+}
+
+// INSERT INTO dest AS d (c1, …) OVERRIDING SYSTEM VALUE SELECT v.c1, … FROM <from> v WHERE <condition> [and not yet
+// there] ON CONFLICT …
+void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condition) {
+    dest_columns(sql.add("INSERT INTO ").relation(m->dest).add(" AS d ("), m);
+    sql.add(") OVERRIDING SYSTEM VALUE SELECT ");
+    if (m->ambiguous) view_key(sql.add("DISTINCT ON ("), m, "v"), sql.add(") ");
+    view_columns(sql, m, "v");
+    sql.add(" FROM ").add(from).add(" v WHERE ").add(condition);
+    if (m->partial) {
+        view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(m->dest).add(" d WHERE "), m);
+        sql.add(")");
+    }
+    on_conflict(sql, m);
+}
+
+// UPDATE dest d SET c = v.c, … FROM view v WHERE v.k = ANY($1) AND v.k = d.k AND (d.c, …) *<> (v.c::type, …)
+// For a dest with columns that an INSERT from here could not fill. False where there is nothing but the key.
+bool update_from(Sql &sql, const Mapping *m, const char *from, const char *condition) {
+    Sql set, ours, theirs;
+    const int n = for_each_value_column(m, [&](int i, bool first) {
+        const AttrNumber column = m->columns[i];
+        Oid type, collation;
+        int32 typmod;
+        get_atttypetypmodcoll(m->dest, column, &type, &typmod, &collation);
+        view_column(set.comma(first).column(m->dest, column).add(" = "), m, "v", i + 1);
+        ours.comma(first).add("d.").column(m->dest, column);
+        view_column(theirs.comma(first).add("("), m, "v", i + 1);
+        theirs.add(")::").type(type, typmod);
+    });
+    if (n == 0) return false;
+    sql.add("UPDATE ")
+        .relation(m->dest)
+        .add(" d SET ")
+        .add(set.c_str())
+        .add(" FROM ")
+        .add(from)
+        .add(" v WHERE ")
+        .add(condition)
+        .add(" AND ");
+    view_row_is_dest_row(sql, m);
+    sql.add(" AND ROW(")
+        .add(ours.c_str())
+        .add(")::record OPERATOR(pg_catalog.*<>) ROW(")
+        .add(theirs.c_str())
+        .add(")::record");
+    return true;
+}
+
+char *dest_share(const Mapping *m) {
+    Sql sql;
+    bool first = true;
+    for (int i = 0; i < m->nkey; i++) {
+        const KeyColumn &key = m->key[i];
+        if (key.origin != 0) continue;
+        sql.sep(first, " AND ")
+            .add("d.")
+            .column(m->dest, key.dest)
+            .add(kEqual)
+            .literal(key.constant)
+            .add("::")
+            .type(key.dest_type);
+        first = false;
+    }
+    return pstrdup(first ? "true" : sql.c_str());
+}
+
+char *dest_key_in_params(const Mapping *m) {
+    Sql sql, columns, arrays;
+    for (int i = 0; i < m->nparams; i++) {
+        const KeyColumn &key = m->key[m->params[i]];
+        columns.comma(i == 0).add("d.").column(m->dest, key.dest);
+        arrays.comma(i == 0).addf("$%d", i + 1);
+        if (key.origin_type != key.dest_type) arrays.add("::").type(key.dest_type).add("[]");
+    }
+    if (m->nparams == 1)
+        sql.add(columns.c_str()).add(kEqual).add("ANY (").add(arrays.c_str()).add(")");
+    else
+        sql.add("(").add(columns.c_str()).add(") IN (SELECT * FROM unnest(").add(arrays.c_str()).add("))");
+    return pstrdup(sql.add(" AND ").add(dest_share(m)).c_str());
+}
+
+char *view_key_in_params(const Mapping *m) {
+    Sql sql;
+    if (m->nparams == 1) {
+        view_key(sql, m, "v");
+        return pstrdup(sql.add(kEqual).add("ANY ($1)").c_str());
+    }
+    view_key(sql.add("("), m, "v");
+    sql.add(") IN (SELECT * FROM unnest(");
+    for (int i = 0; i < m->nparams; i++) sql.comma(i == 0).addf("$%d", i + 1);
+    return pstrdup(sql.add("))").c_str());
+}
+
+// DELETE FROM dest d WHERE <key in params> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that
+// feeds dest]
+void delete_missing(Sql &sql, const Mapping *m, const char *condition) {
+    sql.add("DELETE FROM ").relation(m->dest).add(" d WHERE ").add(condition);
+    for (int i = -1; i < m->nshared; i++) {
+        const Oid view = i < 0 ? m->view : m->shared[i];
+        view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(view).add(" v WHERE "), m, i);
+        sql.add(")");
+    }
+}
+
+}  // namespace migrate

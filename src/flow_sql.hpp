@@ -1,0 +1,35 @@
+// The SQL of the primitive: one function for each clause, the final shape of the query in the comment above it.
+// v is the mapping view, d is dest. Parameters $1…$n are the key arrays (one for each non-constant key column).
+#pragma once
+#include "catalog.hpp"
+#include "text.hpp"
+
+namespace migrate {
+
+// "schema"."name"
+char *qualified(Oid relid);
+
+// v.k1, v.k2: the non-constant part of the key as the view has it
+void view_key(Sql &sql, const Mapping *m, const char *alias);
+
+// v.k = ANY($1)   or, for several columns,   (v.k1, v.k2) IN (SELECT * FROM unnest($1, $2))
+char *view_key_in_params(const Mapping *m);
+
+// d.k = ANY($1::dest_type[]) AND d.constant = '…': this mapping's rows of dest with the keys of the parameters
+char *dest_key_in_params(const Mapping *m);
+
+// d.constant = '…' AND …, or true: this mapping's share of dest
+char *dest_share(const Mapping *m);
+
+// INSERT INTO dest AS d (c1, …) SELECT v.c1, … FROM <from> v WHERE <condition> ON CONFLICT (k) DO UPDATE …
+void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condition);
+
+// UPDATE dest d SET c = v.c, … FROM <from> v WHERE <condition> AND v.k = d.k AND <differs>
+// False, and nothing added, where there is nothing but the key.
+bool update_from(Sql &sql, const Mapping *m, const char *from, const char *condition);
+
+// DELETE FROM dest d WHERE <condition> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that feeds
+// dest]
+void delete_missing(Sql &sql, const Mapping *m, const char *condition);
+
+}  // namespace migrate

@@ -1,0 +1,106 @@
+#include "spi.hpp"
+
+namespace migrate {
+
+namespace {
+// Until the GUC nest level ends.
+void pin(const char *name, const char *value) {
+    (void)set_config_option(name, value, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+}
+}  // namespace
+
+Identity enter_identity(Oid user, int sec_flags) {
+    Identity saved;
+    GetUserIdAndSecContext(&saved.user, &saved.sec_context);
+    SetUserIdAndSecContext(user, saved.sec_context | sec_flags);
+    saved.guc_level = NewGUCNestLevel();
+    pin("search_path", "pg_catalog, pg_temp");
+    pin("row_security", "off");
+    return saved;
+}
+
+void pin_output_settings() {
+    pin("DateStyle", "ISO, YMD");
+    pin("IntervalStyle", "postgres");
+    pin("TimeZone", "UTC");
+    pin("extra_float_digits", "1");
+    pin("bytea_output", "hex");
+}
+
+void pin_planner_to_indexes() {
+    pin("enable_seqscan", "off");
+    // Nor may a batch sort the rest of a range for its first rows, which a table without statistics leads to.
+    pin("enable_bitmapscan", "off");
+    pin("enable_sort", "off");
+    pin("jit", "off");
+}
+
+void leave_identity(const Identity &identity) {
+    AtEOXact_GUC(false, identity.guc_level);
+    SetUserIdAndSecContext(identity.user, identity.sec_context);
+}
+
+ErrorData *attempt(Undo undo, StepFn step, void *arg) {
+    MemoryContext caller = CurrentMemoryContext;
+    ResourceOwner owner = CurrentResourceOwner;
+    ErrorData *volatile error = NULL;
+
+    if (undo == Undo::kSubtransaction)
+        BeginInternalSubTransaction(NULL);
+    else
+        StartTransactionCommand();
+    if (undo == Undo::kSubtransaction) MemoryContextSwitchTo(caller);
+
+    PG_TRY();
+    {
+        step(arg);
+        if (undo == Undo::kSubtransaction)
+            ReleaseCurrentSubTransaction();
+        else
+            CommitTransactionCommand();
+    }
+    PG_CATCH();
+    {
+        MemoryContextSwitchTo(caller);
+        error = CopyErrorData();
+        FlushErrorState();
+        if (undo == Undo::kSubtransaction)
+            RollbackAndReleaseCurrentSubTransaction();
+        else
+            AbortCurrentTransaction();
+    }
+    PG_END_TRY();
+
+    MemoryContextSwitchTo(caller);
+    if (undo == Undo::kSubtransaction) CurrentResourceOwner = owner;
+    return error;
+}
+
+Oid extension_owner() {
+    const Oid schema = get_namespace_oid("migrate", false);
+    HeapTuple tuple = SearchSysCache1(NAMESPACEOID, ObjectIdGetDatum(schema));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for schema %u", schema);
+    const Oid owner = ((Form_pg_namespace)GETSTRUCT(tuple))->nspowner;
+    ReleaseSysCache(tuple);
+    return owner;
+}
+
+uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls) {
+    Snapshot snapshot = InvalidSnapshot;
+    if (IsolationUsesXactSnapshot()) {
+        CommandCounterIncrement();  // let the latest snapshot see our own work
+        snapshot = GetLatestSnapshot();
+    }
+    const int result = SPI_execute_snapshot(plan, values, nulls, snapshot, InvalidSnapshot, false, true, 0);
+    if (result < 0) elog(ERROR, "SPI_execute_snapshot: %s", SPI_result_code_string(result));
+    return SPI_processed;
+}
+
+uint64 run_sql(const char *sql, int nargs, const Oid *types, const Datum *values, const char *nulls) {
+    const int result =
+        SPI_execute_with_args(sql, nargs, const_cast<Oid *>(types), const_cast<Datum *>(values), nulls, false, 0);
+    if (result < 0) elog(ERROR, "SPI_execute: %s", SPI_result_code_string(result));
+    return SPI_processed;
+}
+
+}  // namespace migrate

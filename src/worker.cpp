@@ -1,0 +1,373 @@
+// The background worker of a migration: a loop whose every turn is one transaction. What a turn does is decided and
+// done in SQL (51_step.sql): _pick gives a job, _run does it, and after an error, in a transaction of its own,
+// _job_failed decides what becomes of it. All state is in tables; a worker that dies loses at most its current batch.
+#include "worker.hpp"
+#include "pace.hpp"
+#include "spi.hpp"
+
+MIGRATE_FUNCTION(migrate_launch_worker)
+extern "C" PGDLLEXPORT void migrate_worker_main(Datum);
+
+namespace migrate {
+namespace {
+
+// A leader that finds another one in its place waits so long for it to end (it may be about to).
+constexpr int kClaimTries = 50;
+constexpr double kClaimPause = 100;
+constexpr double kThrottleEvery = 250;  // ms between two looks at the throttle's signals
+constexpr double kReportEvery = 1000;
+constexpr double kFirstSilence = 1000, kLongestSilence = 3600 * 1000;
+constexpr int kSignalTimeout = 10000;  // ms that reading the signals (the user's throttle_query) may take
+
+struct Job {
+    char *text;  // migrate._job in text form, for _run and _job_failed
+    char *activity;
+    bool own_snapshot;  // to be run in a REPEATABLE READ transaction of its own
+    bool exit, wait;
+    double wait_ms;
+};
+
+struct Worker {
+    WorkerStart start;
+    Oid table;  // migrate._migration, which the lock tag is made of
+    MemoryContext turn_context;
+    Job job;
+    bool first;
+    int turn;
+    int batch;  // rows of the next batch; 0 until known
+    int tries;  // turns that failed, in a row
+    int idle;   // turns that found rows locked by others, in a row
+    TimestampTz throttle_checked, reported;
+    int64 rows_since;
+    TimestampTz logged;  // the last failure that was, and its SQLSTATE
+    int logged_code;
+    double silence;  // ms before the same is logged again
+};
+
+// The lock that makes a worker the only one, and by which views find its PID. A user lock lives as long as the session
+// and over aborted transactions; an advisory lock would do, but any role could take that and keep the worker away.
+LOCKTAG worker_lock(const Worker &w, int worker) {
+    LOCKTAG tag;
+    SET_LOCKTAG_OBJECT(tag, MyDatabaseId, w.table, (Oid)w.start.migration, (uint16)worker);
+    tag.locktag_lockmethodid = USER_LOCKMETHOD;
+    return tag;
+}
+
+bool try_lock(const Worker &w, int worker) {
+    const LOCKTAG tag = worker_lock(w, worker);
+    return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+// Runs fn in SPI as the extension's owner within the current transaction.
+template <class Fn>
+void as_owner(Fn fn) {
+    PushActiveSnapshot(GetTransactionSnapshot());
+    with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] { with_spi(fn); });
+    PopActiveSnapshot();
+}
+
+char *text_field(int column, MemoryContext context) {
+    char *value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, column);
+    return value ? MemoryContextStrdup(context, value) : NULL;
+}
+
+int64 integer_field(int column) {
+    const char *value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, column);
+    return value ? strtoll(value, NULL, 10) : 0;
+}
+
+void pick_job(Worker *w) {
+    const TimestampTz now = GetCurrentTimestamp();
+    const bool check = TimestampDifferenceExceeds(w->throttle_checked, now, (int)kThrottleEvery);
+    const Oid types[] = {INT4OID, INT4OID, INT4OID, INT4OID, BOOLOID, BOOLOID};
+    const Datum values[] = {Int32GetDatum(w->start.migration),
+                            Int32GetDatum(w->start.worker),
+                            Int32GetDatum(w->batch),
+                            Int32GetDatum(w->turn),
+                            BoolGetDatum(w->first),
+                            BoolGetDatum(check)};
+    if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
+    run_sql(
+        "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch"
+        " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
+        6, types, values);
+    disable_timeout(STATEMENT_TIMEOUT, false);
+    if (check) w->throttle_checked = now;
+    w->job.exit = text_field(1, w->turn_context)[0] == 't';
+    w->job.wait = text_field(2, w->turn_context)[0] == 't';
+    w->job.wait_ms = integer_field(3);
+    w->job.activity = text_field(4, w->turn_context);
+    w->job.own_snapshot = text_field(5, w->turn_context)[0] == 't';
+    w->job.text = text_field(6, w->turn_context);
+    if (integer_field(7) > 0) w->batch = (int)integer_field(7);
+}
+
+// At most once a second, so that the row that views read is not written by every batch.
+void report(Worker *w) {
+    const TimestampTz now = GetCurrentTimestamp();
+    if (!TimestampDifferenceExceeds(w->reported, now, (int)kReportEvery)) return;
+    const Oid types[] = {INT4OID, INT4OID, FLOAT8OID, INT4OID};
+    const Datum values[] = {Int32GetDatum(w->start.migration), Int32GetDatum(w->start.worker),
+                            Float8GetDatum(w->rows_since * 1000000.0 / (double)(now - w->reported)),
+                            Int32GetDatum(w->batch)};
+    if (w->reported != 0) run_sql("SELECT migrate._report($1, $2, $3, $4)", 4, types, values);
+    w->reported = now;
+    w->rows_since = 0;
+}
+
+void run_job(Worker *w) {
+    pgstat_report_activity(STATE_RUNNING, w->job.activity);
+    const Oid types[] = {TEXTOID, INT4OID};
+    const Datum values[] = {CStringGetTextDatum(w->job.text), Int32GetDatum(w->idle + 1)};
+    run_sql("SELECT r.rows, r.wait_ms, r.next_batch, r.locked FROM migrate._run($1::migrate._job, $2) AS r", 2, types,
+            values);
+    w->rows_since += integer_field(1);
+    w->job.wait_ms = integer_field(2);
+    const int next = (int)integer_field(3);
+    if (next > 0) w->batch = next;
+    w->idle = text_field(4, w->turn_context)[0] == 't' ? w->idle + 1 : 0;
+    report(w);
+}
+
+bool is_lock_trouble(int sqlerrcode) {
+    return sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE || sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED ||
+           sqlerrcode == ERRCODE_T_R_SERIALIZATION_FAILURE;
+}
+
+// A disk that stays full, or a thousand bad rows, must not fill the log: a failure is logged when it is of another kind
+// than the last one, and else after a silence that doubles each time.
+void log_failure(Worker *w, const ErrorData *error) {
+    const TimestampTz now = GetCurrentTimestamp();
+    if (error->sqlerrcode != w->logged_code)
+        w->silence = kFirstSilence;
+    else if (!TimestampDifferenceExceeds(w->logged, now, (int)w->silence))
+        return;
+    else
+        w->silence = Min(w->silence * 2, kLongestSilence);
+    w->logged = now;
+    w->logged_code = error->sqlerrcode;
+    const int level = is_lock_trouble(error->sqlerrcode) && w->tries < 16 ? DEBUG1 : LOG;
+    ereport(level, (errcode(error->sqlerrcode),
+                    errmsg("%s: %s", w->job.activity ? w->job.activity : "migrate_ext", error->message),
+                    w->tries > 1 ? errdetail("This is failure number %d in a row.", w->tries) : 0));
+}
+
+const char *object_of(const ErrorData *error) {
+    return error->constraint_name ? error->constraint_name
+           : error->column_name   ? error->column_name
+                                  : error->datatype_name;
+}
+
+// After an error: lets SQL decide, in a new transaction. When even that fails (no disk, say), only waits.
+void handle_failure(Worker *w, const ErrorData *error) {
+    w->tries++;
+    log_failure(w, error);
+    auto decide = [w, error] {
+        as_owner([&] {
+            const char *object = object_of(error);
+            const Oid types[] = {INT4OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID};
+            const Datum values[] = {Int32GetDatum(w->start.migration),
+                                    Int32GetDatum(w->start.worker),
+                                    w->job.text ? CStringGetTextDatum(w->job.text) : (Datum)0,
+                                    CStringGetTextDatum(unpack_sql_state(error->sqlerrcode)),
+                                    CStringGetTextDatum(error->message),
+                                    object ? CStringGetTextDatum(object) : (Datum)0,
+                                    Int32GetDatum(w->tries),
+                                    Int32GetDatum(w->batch)};
+            const char nulls[] = {' ', ' ', w->job.text ? ' ' : 'n', ' ', ' ', object ? ' ' : 'n', ' ', ' '};
+            run_sql(
+                "SELECT f.wait_ms, f.next_batch FROM migrate._job_failed($1, $2, $3::migrate._job, $4, $5, $6, $7, $8) "
+                "AS f",
+                8, types, values, nulls);
+            w->job.wait_ms = integer_field(1);
+            if (integer_field(2) > 0) w->batch = (int)integer_field(2);
+        });
+    };
+    w->job.wait_ms = backoff_ms(w->tries, 1000, 60000);
+    ErrorData *again = attempt(Undo::kTransaction, decide);
+    if (again) {
+        log_failure(w, again);
+        w->job.wait_ms = backoff_ms(w->tries, 1000, 60000);
+    }
+}
+
+// One turn; false when there is no more to do.
+bool take_turn(Worker *w) {
+    w->job = Job{};
+    auto whole = [w] {
+        if (!extension_exists()) {
+            w->job.exit = true;
+            return;
+        }
+        as_owner([w] {
+            pick_job(w);
+            if (!w->job.exit && !w->job.wait && !w->job.own_snapshot) run_job(w);
+        });
+    };
+    ErrorData *error = attempt(Undo::kTransaction, whole);
+    disable_timeout(STATEMENT_TIMEOUT, false);
+    if (error == NULL && w->job.own_snapshot) {
+        auto alone = [w] {
+            XactIsoLevel = XACT_REPEATABLE_READ;
+            as_owner([w] { run_job(w); });
+        };
+        error = attempt(Undo::kTransaction, alone);
+    }
+    if (error)
+        handle_failure(w, error);
+    else if (!w->job.wait)
+        w->tries = 0;
+    w->first = false;
+    w->turn++;
+    pgstat_report_stat(false);
+    return !w->job.exit;
+}
+
+// A helper without a leader has no business; the lock being free tells.
+bool leader_is_gone(const Worker &w) {
+    if (w.start.worker == 0 || !try_lock(w, 0)) return false;
+    const LOCKTAG tag = worker_lock(w, 0);
+    LockRelease(&tag, ExclusiveLock, true);
+    return true;
+}
+
+// Becomes the only worker of this number; false when another one stays, or the extension is not there.
+bool claim(Worker *w) {
+    const int tries = w->start.worker == 0 ? kClaimTries : 1;
+    for (int i = 0; i < tries; i++) {
+        bool claimed = false, exists = false;
+        auto step = [w, &claimed, &exists] {
+            exists = extension_exists();
+            if (!exists) return;
+            w->table = get_relname_relid("_migration", get_namespace_oid("migrate", false));
+            claimed = try_lock(*w, w->start.worker);
+        };
+        if (attempt(Undo::kTransaction, step) || !exists) return false;
+        if (claimed) return true;
+        worker_sleep(kClaimPause);
+    }
+    return false;
+}
+
+// At session level and not as defaults: reset_val still tells the database's own settings.
+void pin_settings() {
+    const char *settings[][2] = {{"statement_timeout", "0"},
+                                 {"lock_timeout", "100ms"},
+                                 {"idle_in_transaction_session_timeout", "0"},
+                                 {"transaction_timeout", "0"},
+                                 {"default_transaction_isolation", "read committed"},
+                                 {"default_transaction_read_only", "off"},
+                                 {"default_transaction_deferrable", "off"},
+                                 {"search_path", "pg_catalog, pg_temp"},
+                                 {"DateStyle", "ISO"},
+                                 {"IntervalStyle", "postgres"},
+                                 {"TimeZone", "UTC"},
+                                 {"extra_float_digits", "1"},
+                                 {"bytea_output", "hex"}};
+    for (auto &setting : settings)
+        if (GetConfigOption(setting[0], true, false)) SetConfigOption(setting[0], setting[1], PGC_SUSET, PGC_S_SESSION);
+}
+
+// A verb starts the worker before it commits. Until it does, the worker waits, for however long, on the migration's
+// row.
+void wait_for_verb(Worker *w) {
+    SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_SESSION);
+    char *name = NULL;
+    auto step = [w, &name] {
+        if (!extension_exists()) return;
+        as_owner([w, &name] {
+            const Oid types[] = {INT4OID};
+            const Datum values[] = {Int32GetDatum(w->start.migration)};
+            if (run_sql("SELECT 'migrate_ext: ' || m.name FROM migrate._migration AS m WHERE m.id = $1 FOR KEY SHARE",
+                        1, types, values) == 1)
+                name = text_field(1, w->turn_context);
+        });
+    };
+    (void)attempt(Undo::kTransaction, step);
+    if (name) SetConfigOption("application_name", name, PGC_SUSET, PGC_S_SESSION);
+    SetConfigOption("lock_timeout", "100ms", PGC_SUSET, PGC_S_SESSION);
+}
+
+}  // namespace
+
+bool extension_exists() {
+    return OidIsValid(get_extension_oid("migrate_ext", true));
+}
+
+void latch_sleep(double ms) {
+    (void)WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, (long)ms, PG_WAIT_EXTENSION);
+    ResetLatch(MyLatch);
+    CHECK_FOR_INTERRUPTS();
+}
+
+void worker_sleep(double ms) {
+    latch_sleep(ms);
+    if (ConfigReloadPending) {
+        ConfigReloadPending = false;
+        ProcessConfigFile(PGC_SIGHUP);
+    }
+}
+
+WorkerStart worker_start() {
+    WorkerStart start;
+    memcpy(&start, MyBgworkerEntry->bgw_extra, sizeof start);
+    return start;
+}
+
+void connect_worker(const WorkerStart &start) {
+    pqsignal(SIGTERM, die);
+    pqsignal(SIGHUP, SignalHandlerForConfigReload);
+    BackgroundWorkerUnblockSignals();
+    if (IsBinaryUpgrade) proc_exit(0);
+    BackgroundWorkerInitializeConnectionByOid(start.database, InvalidOid, 0);
+    pin_settings();
+}
+
+bool register_worker(const WorkerStart &start, const char *main_function, const char *name,
+                     BackgroundWorkerHandle **handle) {
+    static_assert(sizeof start <= BGW_EXTRALEN, "bgw_extra is too small");
+    BackgroundWorker worker;
+    memset(&worker, 0, sizeof worker);
+    worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+    worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+    worker.bgw_restart_time = BGW_NEVER_RESTART;
+    strlcpy(worker.bgw_library_name, "migrate_ext", sizeof worker.bgw_library_name);
+    strlcpy(worker.bgw_function_name, main_function, sizeof worker.bgw_function_name);
+    strlcpy(worker.bgw_name, name, sizeof worker.bgw_name);
+    strlcpy(worker.bgw_type, "migrate_ext worker", sizeof worker.bgw_type);
+    memcpy(worker.bgw_extra, &start, sizeof start);
+    worker.bgw_notify_pid = handle ? MyProcPid : 0;
+    return RegisterDynamicBackgroundWorker(&worker, handle);
+}
+
+}  // namespace migrate
+
+using namespace migrate;
+
+void migrate_worker_main(Datum) {
+    Worker w;
+    memset(&w, 0, sizeof w);
+    w.start = worker_start();
+    w.first = true;
+    connect_worker(w.start);
+    w.turn_context = AllocSetContextCreate(TopMemoryContext, "migrate_ext turn", ALLOCSET_DEFAULT_SIZES);
+    MemoryContextSwitchTo(w.turn_context);
+    if (!claim(&w)) proc_exit(0);
+    wait_for_verb(&w);
+    while (take_turn(&w) && !leader_is_gone(w)) {
+        pgstat_report_activity(STATE_IDLE, NULL);
+        CHECK_FOR_INTERRUPTS();
+        if (w.job.wait_ms >= 1) worker_sleep(w.job.wait_ms);
+        if (ConfigReloadPending) worker_sleep(0);
+        MemoryContextReset(w.turn_context);
+    }
+    proc_exit(0);
+}
+
+// migrate._launch_worker(migration integer, worker integer) RETURNS boolean: false when no slot is free
+Datum migrate_launch_worker(PG_FUNCTION_ARGS) {
+    const WorkerStart start = {MyDatabaseId, PG_GETARG_INT32(0), PG_GETARG_INT32(1)};
+    char name[BGW_MAXLEN];
+    snprintf(name, sizeof name, "migrate_ext worker %d of migration %d", start.worker, start.migration);
+    PG_RETURN_BOOL(register_worker(start, "migrate_worker_main", name));
+}
