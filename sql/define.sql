@@ -155,6 +155,8 @@ SELECT migrate.drop('split');
 
 -- rights
 CREATE ROLE define_stranger;
+CREATE ROLE define_owner;
+ALTER TABLE users OWNER TO define_owner;
 GRANT USAGE ON SCHEMA define_test TO define_stranger;
 SET ROLE define_stranger;
 SELECT migrate.define('m', 'users', 'contact', $$ id, email $$);
@@ -169,4 +171,4 @@ SELECT migrate.allow('define_stranger', 'nothing');
 
 SET client_min_messages = warning;
 DROP SCHEMA define_test CASCADE;
-DROP ROLE define_stranger;
+DROP ROLE define_stranger, define_owner;

@@ -14,9 +14,9 @@ SELECT migrate.define('plan', 'users', 'profiles', $$ id AS user_id, name AS dis
 SELECT migrate.add_flow('plan', 'users', 'loud', $$ id, upper(name) AS shout $$);
 \pset tuples_only on
 \pset format unaligned
--- Sizes and the checks of the server depend on the machine.
+-- Sizes and the checks of the server depend on the machine; servers before 16 print users.name where later ones print name.
 CREATE FUNCTION runbook(m text) RETURNS SETOF text LANGUAGE sql AS $$
-    SELECT CASE WHEN line LIKE '| `plan.%' THEN regexp_replace(line, '\d+ (bytes|kB)', '… \1', 'g') ELSE line END
+    SELECT regexp_replace(CASE WHEN line LIKE '| `plan.%' THEN regexp_replace(line, '\d+ (bytes|kB)', '… \1', 'g') ELSE line END, '([ (])users\.', '\1', 'g')
     FROM regexp_split_to_table(migrate.plan(m), E'\n') AS line
     WHERE line !~ 'errors, .* notes|(slots|replicas|transactions|wal_level):'
 $$;

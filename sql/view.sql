@@ -8,6 +8,14 @@ CREATE ROLE regress_view_other;
 CREATE ROLE regress_view_reader;
 GRANT USAGE, CREATE ON SCHEMA view_test TO regress_view_owner, regress_view_other;
 GRANT USAGE ON SCHEMA view_test TO regress_view_reader;
+CREATE FUNCTION reads(view regclass) RETURNS text LANGUAGE sql AS $$
+    SELECT string_agg(DISTINCT d.refobjid::regclass::text, ', ') FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+    WHERE r.ev_class = view AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> view
+$$;
+CREATE FUNCTION granted(relation regclass) RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT a.privilege_type || ' to ' || CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(a.grantee) END
+    FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = relation AND a.grantee <> c.relowner ORDER BY 1
+$$;
 CREATE TABLE users (id bigserial PRIMARY KEY, name text NOT NULL, bio varchar(50), created_at timestamptz NOT NULL DEFAULT '2026-01-01');
 CREATE TABLE profiles (user_id bigint PRIMARY KEY, display_name text NOT NULL, bio varchar(50), created_at timestamptz NOT NULL, extra int);
 ALTER TABLE users OWNER TO regress_view_owner;
@@ -22,9 +30,10 @@ SELECT migrate.define('m', 'users', 'profiles', $$ id AS user_id, name AS displa
 
 -- shape target: a new view over the source, with the source's grants
 SELECT migrate.add_view('m', 'profile');
-SELECT pg_get_viewdef('profile', true);
+SELECT reads('profile');
 SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = 'profile'::regclass ORDER BY attnum;
-SELECT relowner::regrole, relacl FROM pg_class WHERE oid = 'profile'::regclass;
+SELECT relowner::regrole FROM pg_class WHERE oid = 'profile'::regclass;
+SELECT granted('profile');
 SELECT attname, attacl FROM pg_attribute WHERE attrelid = 'profile'::regclass AND attacl IS NOT NULL;
 SELECT * FROM profile ORDER BY user_id;
 UPDATE profile SET bio = 'second' WHERE user_id = 2;
@@ -61,8 +70,9 @@ CREATE VIEW "Right one" WITH (security_barrier = true, check_option = 'local') A
 ALTER VIEW "Right one" OWNER TO regress_view_owner;
 GRANT SELECT ON "Right one" TO PUBLIC;
 SELECT migrate.add_view('m', '"Right one"');
-SELECT pg_get_viewdef('"Right one"', true);
-SELECT relowner::regrole, reloptions, relacl FROM pg_class WHERE oid = '"Right one"'::regclass;
+SELECT reads('"Right one"');
+SELECT relowner::regrole, reloptions FROM pg_class WHERE oid = '"Right one"'::regclass;
+SELECT granted('"Right one"');
 
 -- who owns the view must have the rights on both tables
 ALTER TABLE profiles OWNER TO regress_view_other;
@@ -87,8 +97,9 @@ SELECT migrate.define('s', 'users', 'profiles', $$ id AS user_id, name AS displa
 CREATE VIEW early AS SELECT count(*) FROM users;
 CREATE TABLE users_migrate ();
 SELECT migrate.add_view('s', 'users', shape => 'source');
-SELECT pg_get_viewdef('users', true);
-SELECT relkind, relowner::regrole, relacl, obj_description(oid) FROM pg_class WHERE oid = 'users'::regclass;
+SELECT reads('users');
+SELECT relkind, relowner::regrole, obj_description(oid) FROM pg_class WHERE oid = 'users'::regclass;
+SELECT granted('users');
 SELECT attname, attacl, col_description(attrelid, attnum) FROM pg_attribute WHERE attrelid = 'users'::regclass AND attacl IS NOT NULL;
 SET ROLE regress_view_reader;
 SELECT name, bio FROM users ORDER BY id;

@@ -1,5 +1,5 @@
 // What a switch needs from the server's inside: waiting out old snapshots without holding a lock, and taking locks
-// without queueing in front of the application. The switch itself is SQL (71_cutover.sql).
+// without queueing in front of the application. The switch itself is SQL (73_cutover.sql).
 #include "text.hpp"
 
 MIGRATE_FUNCTION(migrate_old_snapshots)

@@ -4,6 +4,7 @@
 // name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (a partition attached since) is applied
 // before the commit.
 #include "dual_write.hpp"
+#include "background.hpp"
 #include "flow.hpp"
 #include "text.hpp"
 #include "touched.hpp"
@@ -36,6 +37,12 @@ struct CacheEntry {
 HTAB *cache = NULL;
 // Subtransactions this top-level transaction has used to keep failures from the application.
 int subtransactions = 0;
+
+// A migration that this transaction has recorded failures of, to be retried by a worker; 0: none. (Of several, one will
+// do: while there are failures its worker stays, and the others' next failure starts theirs.)
+int32 failed_migration = 0;
+TimestampTz last_launch = 0;
+constexpr int kLaunchEveryMs = 30000;
 
 // ---- the cache of mappings ------------------------------------------------------------------------------------------
 
@@ -90,6 +97,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     Oid types[5] = {INT4OID, TEXTOID, TEXTARRAYOID, TEXTOID, TEXTOID};
     char nulls[6] = "     ";
     if (object == NULL) nulls[4] = 'n';
+    failed_migration = m->migration;
     with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
         pin_output_settings();
         for (int i = from; i < to; i++) {
@@ -156,8 +164,8 @@ void apply_list(Mapping *m, Write write, const KeyList &list) {
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
-    // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's trigger) the
-    // keys stay: what is applied here may yet be rolled back.
+    // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's
+    // trigger) the keys stay: what is applied here may yet be rolled back.
     const bool final = GetCurrentTransactionNestLevel() <= touched.nest_level;
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     Mapping *m = entry->mapping;
@@ -185,6 +193,14 @@ void flush_all() {
     PopActiveSnapshot();
 }
 
+// The worker that retries failures may have ended for want of work. It must not look before they are committed.
+void launch_retry() {
+    const TimestampTz now = GetCurrentTimestamp();
+    if (failed_migration == 0 || !TimestampDifferenceExceeds(last_launch, now, kLaunchEveryMs)) return;
+    last_launch = now;
+    (void)launch_migration_worker(failed_migration, 0);  // without a free slot the next failure, or verb, tries again
+}
+
 // What a lost transaction touched needs no writing; its memory is gone with it.
 void at_transaction_end(XactEvent event, void *) {
     if (event == XACT_EVENT_PRE_COMMIT || event == XACT_EVENT_PRE_PREPARE) {
@@ -192,6 +208,8 @@ void at_transaction_end(XactEvent event, void *) {
         return;
     }
     if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
+    if (event == XACT_EVENT_COMMIT) launch_retry();
+    failed_migration = 0;
     subtransactions = 0;
     if (cache == NULL) return;
     HASH_SEQ_STATUS scan;
@@ -255,7 +273,8 @@ void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTa
     const int nest_level = GetCurrentTransactionNestLevel();
     touched.nest_level = touched.context ? Min(touched.nest_level, nest_level) : nest_level;
     if (touched.context == NULL)
-        touched.context = AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
+        touched.context =
+            AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
     append_key(&(touched.*list), entry->mapping, values, touched.context);
 }
 

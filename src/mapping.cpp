@@ -75,6 +75,10 @@ Oid create_view(Request *request) {
     const char *sql = psprintf("SELECT %s", request->mapping);
     request->parsing = request->filter ? NULL : sql;
     const ObjectAddress made = DefineView(view, sql, 0, 0);
+    // Not a member of the extension, for pg_dump leaves members out; but DROP EXTENSION takes it along.
+    ObjectAddress extension;
+    ObjectAddressSet(extension, ExtensionRelationId, get_extension_oid("migrate_ext", false));
+    recordDependencyOn(&made, &extension, DEPENDENCY_AUTO_EXTENSION);
     CommandCounterIncrement();
     return made.objectId;
 }
@@ -145,8 +149,22 @@ AttrNumber invertible_column(Node *expr, bool dest_not_null) {
     return 0;
 }
 
-// The text of a constant in dest's type, or NULL where the expression is no constant.
+bool is_users_function(Oid function, void *) {
+    return function >= FirstNormalObjectId;
+}
+
+// Whether evaluating the expression would run code that a user has written.
+bool runs_user_code(Node *node, void *context) {
+    if (node == NULL) return false;
+    if (IsA(node, CoerceToDomain) || check_functions_in_node(node, is_users_function, context)) return true;
+    return walk_expression(node, runs_user_code, context);
+}
+
+// The text of a constant in dest's type, or NULL where the expression is no constant. We are the extension's owner
+// here: what would run a user's code is not looked into.
 Datum constant_text(Node *coerced, bool *isnull) {
+    *isnull = true;
+    if (runs_user_code(coerced, NULL)) return (Datum)0;
     Node *folded = eval_const_expressions(NULL, coerced);
     *isnull = !IsA(folded, Const) || ((Const *)folded)->constisnull;
     if (*isnull) return (Datum)0;

@@ -122,7 +122,7 @@ Datum migrate_verb(PG_FUNCTION_ARGS) {
     PG_RETURN_DATUM(result);
 }
 
-// migrate._as(role regrole, query text, VARIADIC params text[]) RETURNS SETOF text[]
+// migrate._as(role regrole, query text, VARIADIC params text[]) RETURNS SETOF text[]; and _as_of, which is STABLE
 Datum migrate_as(PG_FUNCTION_ARGS) {
     const Oid role = PG_GETARG_OID(0);
     const char *query = text_to_cstring(PG_GETARG_TEXT_PP(1));
@@ -138,7 +138,10 @@ Datum migrate_as(PG_FUNCTION_ARGS) {
     with_user(role, SECURITY_RESTRICTED_OPERATION, [&] {
         pin_output_settings();
         with_spi([&] {
-            run_sql(query, nparams, types, values, nulls);
+            // As a PL does: a function that is declared STABLE reads in the snapshot of the query that calls it.
+            const bool read_only = func_volatile(fcinfo->flinfo->fn_oid) != PROVOLATILE_VOLATILE;
+            const int result = SPI_execute_with_args(query, nparams, types, values, nulls, read_only, 0);
+            if (result < 0) elog(ERROR, "SPI_execute: %s", SPI_result_code_string(result));
             if (SPI_tuptable == NULL) return;
             TupleDesc desc = SPI_tuptable->tupdesc;
             int dims[1] = {desc->natts}, lower[1] = {1};

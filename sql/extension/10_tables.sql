@@ -163,6 +163,7 @@ CREATE TABLE migrate._failure (
     retry_at   timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX ON migrate._failure (flow, direction);
+CREATE INDEX ON migrate._failure (retry_at);
 COMMENT ON TABLE migrate._failure IS 'keys whose dual write or copy could not be applied; key and SQLSTATE only, never the row';
 COMMENT ON COLUMN migrate._failure.object IS 'the constraint or column that refused it, where the error names one';
 COMMENT ON COLUMN migrate._failure.origin IS 'dual_write or backfill';

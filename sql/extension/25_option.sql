@@ -206,7 +206,7 @@ BEGIN
         GET STACKED DIAGNOSTICS problem = MESSAGE_TEXT;
     END;
     IF problem IS NOT NULL THEN
-        PERFORM migrate._option_refuse(m, d, value, format('As role %s it gives the error: %s.', m.owner, problem));
+        PERFORM migrate._option_refuse(m, d, value, format('It gives the error: %s.', problem));
     END IF;
     RETURN value;
 END $$;
@@ -258,6 +258,9 @@ END $$;
 CREATE FUNCTION migrate._option_effect(m migrate._migration, option text, value text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
+    IF option = 'batch_size' THEN
+        UPDATE migrate._migration x SET batch_rows = NULL WHERE x.id = m.id;  -- the worker begins with it again
+    END IF;
     IF option = 'on_target_delete' THEN
         UPDATE migrate._flow f SET on_target_delete = value WHERE f.migration = m.id;
     END IF;

@@ -154,6 +154,8 @@ BEGIN
         filter IS NOT NULL, (SELECT bool_and(b <> 0 OR c IS NOT NULL) FROM unnest(v.bare, v.constants) x(b, c)));
     EXECUTE format('COMMENT ON VIEW %s IS %L', v.view, format('mapping of migration flow %s, %s: from %s to %s', flow, direction, origin, dest));
     EXECUTE format('GRANT SELECT, UPDATE ON %s TO %s', v.view, migrate._table_owner(dest));
+    -- Validation after cutover asks of the source's own rows whether the filter had carried them over.
+    EXECUTE format('GRANT SELECT ON %s TO %s', v.view, migrate._table_owner(origin));
     RETURN v;
 END $$;
 

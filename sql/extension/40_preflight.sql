@@ -38,7 +38,7 @@ INSERT INTO migrate._check_definition (name, promise) VALUES
     ('target_triggers', 'targets have no triggers of their own'),
     ('source_triggers', 'no trigger of a source fires for the carried-back writes'),
     ('referencing_keys', 'no foreign key references a source'),
-    ('dependents', 'no view, function or publication depends on a source'),
+    ('dependents', 'no view and no function depends on a source'),
     ('sequences', 'no sequence belongs to a source'),
     ('grants', 'who may use a source may use its target'),
     ('not_carried', 'every source column is carried'),
@@ -59,7 +59,7 @@ CREATE TYPE migrate._check AS (name text, severity text, message text, hint text
 
 -- A relation and, where it is partitioned, all that is under it.
 CREATE FUNCTION migrate._tree(relation regclass) RETURNS SETOF regclass
-LANGUAGE sql STABLE AS $$ SELECT relation UNION SELECT relid FROM pg_partition_tree(relation) $$;
+LANGUAGE sql STABLE COST 1000 ROWS 5 AS $$ SELECT relation UNION SELECT relid FROM pg_partition_tree(relation) $$;
 
 -- 'a, b' with every name quoted where it must be.
 CREATE FUNCTION migrate._column_list(relation regclass, attnums int2[]) RETURNS text
@@ -80,7 +80,7 @@ $$;
 -- nothing else there, and its FROM on a line of its own.
 CREATE FUNCTION migrate._expressions(flow integer, direction text DEFAULT 'forward')
 RETURNS TABLE (ordinal integer, dest_attnum int2, dest_column name, dest_type text, view_type text, expression text, origin_attnum int2)
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE COST 10000 ROWS 20 AS $$
 DECLARE
     mp migrate._mapping;
     token text;
@@ -105,22 +105,26 @@ BEGIN
         piece := piece || token;
     END LOOP;
     pieces := pieces || btrim(piece, E' \n');
+    -- Joined by text, so that a thousand columns are no more than a hash table.
     RETURN QUERY
-    SELECT v.attnum::int, d.attnum, d.attname, format_type(d.atttypid, d.atttypmod), format_type(v.atttypid, v.atttypmod),
-           regexp_replace(e.text, '\s+', ' ', 'g'), coalesce(o.attnum, 0::int2)
-    FROM pg_attribute v
-    JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = mp.columns[v.attnum]
-    CROSS JOIN LATERAL (SELECT ' AS ' || quote_ident(v.attname)) AS alias(text)
-    CROSS JOIN LATERAL (SELECT CASE WHEN right(pieces[v.attnum], length(alias.text)) = alias.text
-                                    THEN left(pieces[v.attnum], -length(alias.text)) ELSE pieces[v.attnum] END) AS named(text)
-    CROSS JOIN LATERAL (SELECT quote_ident(c.relname) || '.' FROM pg_class c WHERE c.oid = mp.origin) AS prefix(text)
-    CROSS JOIN LATERAL (SELECT CASE WHEN starts_with(named.text, prefix.text)
-                                    AND EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = mp.origin AND a.attnum > 0
-                                                AND prefix.text || quote_ident(a.attname) = named.text)
-                                    THEN substr(named.text, length(prefix.text) + 1) ELSE named.text END) AS e(text)
-    LEFT JOIN pg_attribute o ON o.attrelid = mp.origin AND o.attnum > 0 AND NOT o.attisdropped AND quote_ident(o.attname) = e.text
-    WHERE v.attrelid = mp.view AND v.attnum > 0
-    ORDER BY v.attnum;
+    WITH named AS MATERIALIZED (
+        SELECT v.attnum AS position, v.atttypid, v.atttypmod,
+               CASE WHEN right(p.text, length(a.alias)) = a.alias THEN left(p.text, -length(a.alias)) ELSE p.text END AS text
+        FROM unnest(pieces) WITH ORDINALITY AS p(text, i)
+        JOIN pg_attribute v ON v.attrelid = mp.view AND v.attnum = p.i
+        CROSS JOIN LATERAL (SELECT ' AS ' || quote_ident(v.attname)) AS a(alias)),
+    bare AS MATERIALIZED (
+        SELECT n.*, CASE WHEN starts_with(n.text, c.prefix) THEN substr(n.text, length(c.prefix) + 1) ELSE n.text END AS column_text
+        FROM named n CROSS JOIN (SELECT quote_ident(relname) || '.' AS prefix FROM pg_class WHERE oid = mp.origin) AS c),
+    origin AS MATERIALIZED (
+        SELECT o.attnum, quote_ident(o.attname) AS column_text FROM pg_attribute o WHERE o.attrelid = mp.origin AND o.attnum > 0 AND NOT o.attisdropped)
+    SELECT b.position::int, d.attnum, d.attname, format_type(d.atttypid, d.atttypmod), format_type(b.atttypid, b.atttypmod),
+           coalesce(o.column_text, regexp_replace(b.text, '\s+', ' ', 'g')), coalesce(o.attnum, 0::int2)
+    FROM bare b
+    JOIN unnest(mp.columns) WITH ORDINALITY AS k(attnum, i) ON k.i = b.position
+    JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = k.attnum
+    LEFT JOIN origin o ON o.column_text = b.column_text
+    ORDER BY b.position;
 END $$;
 
 -- Sizes a flow is estimated at. Bytes of the target: 28 of row header and pointer, the columns at their average width, and
@@ -150,7 +154,7 @@ $$;
 
 CREATE FUNCTION migrate._preflight(caller regrole, name text)
 RETURNS TABLE (severity text, "check" text, message text, hint text)
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE SET jit = off AS $$  -- many joins over small catalogs: compiling them takes a hundred times as long
 DECLARE
     m migrate._migration := migrate._find(caller, name);
     found_rows migrate._check[];

@@ -58,7 +58,7 @@ BEGIN
     SELECT * INTO reverse FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'reverse';
     lines := ARRAY[format('### %s to %s', migrate._plan_code(f.source::text), migrate._plan_code(f.target::text)), '',
         format('Key of the target: %s (index %s)%s', migrate._plan_code(migrate._column_list(f.target, forward.key_dest)), migrate._plan_code(forward.key_index::text),
-               CASE WHEN forward.filtered THEN '. Rows of the source that fulfil ' || migrate._plan_code(coalesce(f.filter, 'the filter')) || ' only.' ELSE '.' END), '',
+               CASE WHEN forward.filtered THEN '. Rows of the source that fulfil ' || migrate._plan_code(btrim(coalesce(f.filter, 'the filter'), E' \n\t')) || ' only.' ELSE '.' END), '',
         '| target column | type | from |', '|---|---|---|'];
     lines := lines || ARRAY(
         SELECT format('| %s | %s | %s |', migrate._plan_code(quote_ident(e.dest_column)), e.dest_type, migrate._plan_code(e.expression)) FROM migrate._expressions(f.id) e ORDER BY e.ordinal);
@@ -155,9 +155,10 @@ $$;
 -- SELECT count(*) FROM (SELECT … FROM source) s FULL JOIN target t ON key WHERE (s.*) IS DISTINCT FROM (t.*): 0 where both sides are equal.
 CREATE FUNCTION migrate._plan_full_join(f migrate._flow) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT format(E'SELECT count(*) AS differing\nFROM (SELECT %s FROM %s%s) s\nFULL JOIN (SELECT %s FROM %s%s) t ON %s\nWHERE (%s) IS DISTINCT FROM (%s);',
+    SELECT CASE WHEN EXISTS (SELECT FROM migrate._flow o WHERE o.migration = f.migration AND o.target = f.target AND o.id <> f.id)
+                THEN format(E'-- rows that other flows feed into %s count here too, unless a constant of the key tells them apart\n', f.target) ELSE '' END || format(E'SELECT count(*) AS differing\nFROM (SELECT %s FROM %s%s) s\nFULL JOIN (SELECT %s FROM %s%s) t ON %s\nWHERE (%s) IS DISTINCT FROM (%s);',
         string_agg(format('(%s)::%s AS %I', e.expression, e.dest_type, e.dest_column), ', ' ORDER BY e.ordinal), f.source,
-        CASE WHEN p.filtered THEN ' WHERE ' || coalesce(f.filter, 'true') ELSE '' END,
+        CASE WHEN p.filtered THEN ' WHERE (' || btrim(coalesce(f.filter, 'true'), E' \n\t') || ')' ELSE '' END,
         string_agg(quote_ident(e.dest_column), ', ' ORDER BY e.ordinal), f.target,
         coalesce(' WHERE ' || (SELECT string_agg(format('%I = %L', a.attname, p.key_const[i]), ' AND ') FROM generate_subscripts(p.key_dest, 1) i
                                JOIN pg_attribute a ON a.attrelid = p.dest AND a.attnum = p.key_dest[i] WHERE p.key_const[i] IS NOT NULL), ''),
@@ -183,7 +184,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 CREATE FUNCTION migrate._plan(caller regrole, name text) RETURNS text
-LANGUAGE plpgsql STABLE AS $$
+LANGUAGE plpgsql STABLE SET jit = off AS $$
 DECLARE
     m migrate._migration := migrate._find(caller, name);
     options text;

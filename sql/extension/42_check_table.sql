@@ -59,7 +59,7 @@ LANGUAGE sql STABLE AS $$
     FROM t CROSS JOIN LATERAL migrate._tree(t.relation) AS l(relid) JOIN pg_class c ON c.oid = l.relid
     WHERE l.relid <> t.relation AND (c.relkind = 'f' OR c.relpersistence <> 'p')
     UNION ALL
-    SELECT 'partitions', 'info', format('%s %s has %s partitions; attaching, detaching or dropping one asks for a new validation', t.part, t.relation,
+    SELECT 'partitions', 'info', format('%s %s is partitioned (partitions: %s); attaching, detaching or dropping one asks for a new validation', t.part, t.relation,
                (SELECT count(*) FROM pg_partition_tree(t.relation) x WHERE x.isleaf)), ''
     FROM t WHERE t.relkind = 'p'
     UNION ALL

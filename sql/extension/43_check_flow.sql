@@ -86,13 +86,14 @@ END $$;
 
 CREATE FUNCTION migrate._check_columns(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
-    WITH f AS (SELECT w.*, p.columns FROM migrate._flow w JOIN migrate._mapping p ON p.flow = w.id AND p.direction = 'forward'
+    WITH f AS MATERIALIZED (SELECT w.*, p.columns FROM migrate._flow w JOIN migrate._mapping p ON p.flow = w.id AND p.direction = 'forward'
                JOIN pg_class s ON s.oid = w.source JOIN pg_class t ON t.oid = w.target JOIN pg_class v ON v.oid = p.view WHERE w.migration = m.id),
-    x AS (SELECT f.id, f.source, f.target, e.*, d.attnotnull, d.atttypid, d.atttypmod, d.attgenerated, d.attidentity, d.atthasdef, d.attcollation,
+    e AS MATERIALIZED (SELECT f.id AS flow, e.* FROM f CROSS JOIN LATERAL migrate._expressions(f.id) e),
+    x AS MATERIALIZED (SELECT f.id, f.source, f.target, e.*, d.attnotnull, d.atttypid, d.atttypmod, d.attgenerated, d.attidentity, d.atthasdef, d.attcollation,
                  o.attnotnull AS origin_not_null, o.atthasdef AS origin_hasdef, o.attidentity AS origin_identity, o.attgenerated AS origin_generated,
                  v.atttypid AS view_typid, v.atttypmod AS view_typmod, dt.typcategory AS category
           FROM f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
-          CROSS JOIN LATERAL migrate._expressions(f.id) e
+          JOIN e ON e.flow = f.id
           JOIN pg_attribute d ON d.attrelid = f.target AND d.attnum = e.dest_attnum
           JOIN pg_attribute v ON v.attrelid = p.view AND v.attnum = e.ordinal
           JOIN pg_type dt ON dt.oid = d.atttypid

@@ -68,7 +68,6 @@ CREATE TYPE migrate._comparison AS (
     exact_keys boolean,     -- a key has one text on both sides
     digestible boolean,     -- equal sides have equal digests
     ignore_extra boolean,   -- rows that nothing yields may stay
-    agrees text,            -- in reverse: x, a row that differs, is what the mapping forward makes of it; else 'false'
     nullable boolean,       -- the key can be NULL on the expected side
     expected text[], expected_above text[], expected_upto text[], expected_among text[], expected_null text[], expected_order text[],
     actual text, actual_share text, actual_above text, actual_upto text, actual_among text, actual_order text,
@@ -180,11 +179,10 @@ DECLARE
     sets text[]; keys text[]; nulls text[]; texts text[];
     list text[]; digests text[] := '{}'; sames text[] := '{}'; differs text[] := '{}'; joins text[] := '{}';
     extra_flow text := ''; key_case text := '';
-    forward migrate._comparison;
 BEGIN
     c.flow := flow_ids[1]; c.flows := flow_ids; c.direction := way;
     c.label := (SELECT string_agg(w.name, ', ' ORDER BY w.id) FROM migrate._flow w WHERE w.id = ANY (flow_ids));
-    c.walkable := true; c.exact_keys := true; c.nullable := false; c.digestible := NOT semantic;
+    c.walkable := true; c.exact_keys := true; c.nullable := false; c.digestible := NOT semantic AND way = 'forward';
     SELECT * INTO x FROM migrate._mapping p WHERE p.flow = c.flow AND p.direction = way;
     fed := x.dest;
     c.role := migrate._table_owner(fed);
@@ -305,14 +303,6 @@ BEGIN
     c.actual := format('SELECT %s FROM %s d', array_to_string(list, ', '), fed);
     c.digest := migrate._digest_call(digests);
     c.same := array_to_string(sames, ' AND ');
-    c.agrees := 'false';
-    IF way = 'reverse' THEN
-        -- What cannot be mapped back exactly (NULL, where the target has a default for it) was right before the cutover and still is.
-        forward := migrate._comparison(m, 'forward', flow_ids);
-        c.digestible := false;
-        c.agrees := format('EXISTS (SELECT FROM (%s WHERE %s) s JOIN (%s WHERE %s) t ON %s WHERE %s)', forward.expected[1],
-            migrate._reverse_key(c.flow), forward.actual, forward.actual_share, forward."on", forward.same);
-    END IF;
     c.differing := format('array_remove(ARRAY[%s]::text[], NULL)', array_to_string(differs, ', '));
     RETURN c;
 END $$;
@@ -321,28 +311,14 @@ END $$;
 CREATE FUNCTION migrate._reverse_share(flow integer, way text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((
-        SELECT format(' AND EXISTS (SELECT FROM %s v WHERE %s)', f.view, string_agg(format('v.%I %s d.%I', k.view_column, k.equals, k.dest_column), ' AND ' ORDER BY k.n))
-        FROM migrate._mapping f, migrate._reverse_key_columns(f.flow) k
-        WHERE way = 'reverse' AND f.flow = _reverse_share.flow AND f.direction = 'forward' AND f.filtered
+        SELECT format(' AND EXISTS (SELECT FROM %s v WHERE %s)', f.view, string_agg(format('v.%I %s d.%I', v.attname, migrate._operator(d.atttypid, 3), d.attname), ' AND ' ORDER BY i))
+        FROM migrate._mapping r
+        JOIN migrate._mapping f ON f.flow = r.flow AND f.direction = 'forward' AND f.filtered
+        CROSS JOIN LATERAL generate_subscripts(r.key_dest, 1) i
+        JOIN pg_attribute d ON d.attrelid = r.dest AND d.attnum = r.key_dest[i]
+        JOIN pg_attribute v ON v.attrelid = f.view AND v.attnum = array_position(f.columns, r.key_origin[i])
+        WHERE way = 'reverse' AND r.flow = _reverse_share.flow AND r.direction = 'reverse' AND r.key_const[i] IS NULL
         GROUP BY f.view), '')
-$$;
-
--- v.id = x.k1 AND …: the row of the forward view for a source key
-CREATE FUNCTION migrate._reverse_key(flow integer) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT coalesce(string_agg(format('v.%I %s x.k%s', k.view_column, k.equals, k.n), ' AND ' ORDER BY k.n), 'false') FROM migrate._reverse_key_columns(flow) k
-$$;
-
--- The source's key columns, as the forward view calls them.
-CREATE FUNCTION migrate._reverse_key_columns(flow integer, OUT n bigint, OUT view_column name, OUT equals text, OUT dest_column name) RETURNS SETOF record
-LANGUAGE sql STABLE AS $$
-    SELECT row_number() OVER (ORDER BY i), v.attname, migrate._operator(d.atttypid, 3), d.attname
-    FROM migrate._mapping r
-    JOIN migrate._mapping f ON f.flow = r.flow AND f.direction = 'forward'
-    CROSS JOIN LATERAL generate_subscripts(r.key_dest, 1) i
-    JOIN pg_attribute d ON d.attrelid = r.dest AND d.attnum = r.key_dest[i]
-    JOIN pg_attribute v ON v.attrelid = f.view AND v.attnum = array_position(f.columns, r.key_origin[i])
-    WHERE r.flow = _reverse_key_columns.flow AND r.direction = 'reverse' AND r.key_const[i] IS NULL
 $$;
 
 -- The condition that a key is one of those in the parameters' arrays. (A subquery, so that these are parsed once.)
@@ -399,36 +375,62 @@ LANGUAGE sql AS $$
         VARIADIC migrate._bounds(c, low, high)) r
 $$;
 
--- Finds the rows that differ, by one statement, and records them: `which` says where to look, `params` are its parameters.
+-- As _as, in the snapshot of the query that calls it: so that what two roles may read is compared in one snapshot.
+CREATE FUNCTION migrate._as_of(role regrole, query text, VARIADIC params text[] DEFAULT '{}') RETURNS SETOF text[]
+LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'migrate_as';
+
+-- The query that finds the rows that differ; `which` says where to look. Its first row is 'rows' with the numbers of rows on both
+-- sides and the snapshot, each other one kind, flow, key, differing columns, and the key in the actual side's types.
 -- keys_only: the mapping fails for a row there; then a row that is on both sides counts as different.
-CREATE FUNCTION migrate._compare_rows(c migrate._comparison, run bigint, which text[], params text[], keys_only boolean,
-                                      OUT expected_rows bigint, OUT actual_rows bigint, OUT found bigint, OUT snapshot text)
-LANGUAGE sql AS $$
-    WITH answer AS MATERIALIZED (
-        SELECT r FROM migrate._as(c.role, format(
-            'WITH s AS MATERIALIZED (SELECT %6$s FROM (%1$s) x), t AS MATERIALIZED (SELECT %7$s FROM (%2$s) x) '
-            'SELECT ''rows'', (SELECT count(*) FROM s)::text, (SELECT count(*) FROM t)::text, pg_catalog.pg_current_snapshot()::text '
-            'UNION ALL SELECT x.kind, x.flow::text, x.key::text, x.columns::text FROM ('
-            'SELECT CASE WHEN t.flow IS NULL THEN ''missing'' WHEN s.flow IS NULL THEN ''extra'' ELSE ''different'' END AS kind, '
-            'coalesce(s.flow, t.flow) AS flow, %3$s AS key, CASE WHEN s.flow IS NOT NULL AND t.flow IS NOT NULL THEN %4$s END AS columns, %9$s '
-            'FROM s FULL JOIN t ON %5$s WHERE s.flow IS NULL OR t.flow IS NULL OR NOT (%8$s)) x WHERE NOT %10$s',
-            migrate._expected(c, which), migrate._actual(c, which), c.key,
-            CASE WHEN keys_only THEN 'NULL::text[]' ELSE c.differing END, c."on",
-            CASE WHEN keys_only THEN 'flow, ' || c.key_order || (SELECT string_agg(', o' || i, '' ORDER BY i) FROM generate_series(1, c.width) i) ELSE '*' END,
-            CASE WHEN keys_only THEN 'flow, ' || c.key_order ELSE '*' END,
-            CASE WHEN keys_only THEN 'false' ELSE c.same END,
-            (SELECT string_agg(format('coalesce(s.k%1$s, t.k%1$s) AS k%1$s', i), ', ' ORDER BY i) FROM generate_series(1, c.width) i),
-            CASE WHEN keys_only THEN 'false' ELSE c.agrees END),
-            VARIADIC params) r),
+CREATE FUNCTION migrate._find_sql(c migrate._comparison, which text[], keys_only boolean) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format(
+        'WITH s AS MATERIALIZED (SELECT %6$s FROM (%1$s) x), t AS MATERIALIZED (SELECT %7$s FROM (%2$s) x) '
+        'SELECT ''rows'', (SELECT count(*) FROM s)::text, (SELECT count(*) FROM t)::text, pg_catalog.pg_current_snapshot()::text, NULL::text '
+        'UNION ALL SELECT CASE WHEN t.flow IS NULL THEN ''missing'' WHEN s.flow IS NULL THEN ''extra'' ELSE ''different'' END, '
+        'coalesce(s.flow, t.flow)::text, (%3$s)::text, CASE WHEN s.flow IS NOT NULL AND t.flow IS NOT NULL THEN (%4$s)::text END, (ARRAY[%9$s])::text '
+        'FROM s FULL JOIN t ON %5$s WHERE s.flow IS NULL OR t.flow IS NULL OR NOT (%8$s)',
+        migrate._expected(c, which), migrate._actual(c, which), c.key,
+        CASE WHEN keys_only THEN 'NULL' ELSE c.differing END, c."on",
+        CASE WHEN keys_only THEN 'flow, ' || c.key_order || (SELECT string_agg(', o' || i, '' ORDER BY i) FROM generate_series(1, c.width) i) ELSE '*' END,
+        CASE WHEN keys_only THEN 'flow, ' || c.key_order ELSE '*' END,
+        CASE WHEN keys_only THEN 'false' ELSE c.same END,
+        (SELECT string_agg(format('t.k%s::text', i), ', ' ORDER BY i) FROM generate_series(1, c.width) i))
+$$;
+
+-- Finds the rows that differ, in one snapshot, and records them.
+-- After cutover, what cannot be mapped back exactly (a NULL that the target has a default for) was right before, and still is:
+-- a source row differs only if the mapping forward does not make its target row of it either.
+CREATE FUNCTION migrate._compare_rows(m migrate._migration, c migrate._comparison, run bigint, which text[], params text[], keys_only boolean,
+                                      OUT expected_rows bigint, OUT actual_rows bigint, OUT findings bigint, OUT snapshot text)
+LANGUAGE plpgsql AS $$
+DECLARE
+    forward migrate._comparison;
+    forward_sql text;
+BEGIN
+    IF c.direction = 'reverse' AND NOT keys_only THEN
+        forward := migrate._comparison(m, 'forward', c.flows);
+        forward_sql := migrate._find_sql(forward, '{among}', false);
+    END IF;
+    WITH answer AS MATERIALIZED (SELECT r FROM migrate._as_of(c.role, migrate._find_sql(c, which, keys_only), VARIADIC params) r),
+    doubtful AS MATERIALIZED (
+        SELECT ARRAY(SELECT coalesce((SELECT array_agg((r[5]::text[])[i]) FROM answer WHERE r[1] = 'different'), '{}')::text
+                     FROM generate_series(1, c.width) i ORDER BY i) AS keys
+        WHERE forward_sql IS NOT NULL AND EXISTS (SELECT FROM answer WHERE r[1] = 'different')),
+    wrong AS MATERIALIZED (  -- forward, too
+        SELECT f[3] AS key FROM doubtful, migrate._as_of(forward.role, forward_sql, VARIADIC doubtful.keys) f WHERE f[1] <> 'rows'),
+    finding AS MATERIALIZED (
+        SELECT r[2]::int AS flow, r[3]::text[] AS key, r[1] AS kind, r[4]::text[] AS columns FROM answer
+        WHERE r[1] <> 'rows' AND NOT (c.ignore_extra AND r[1] = 'extra')
+          AND (r[1] <> 'different' OR forward_sql IS NULL OR r[5] IN (SELECT key FROM wrong))),
     recorded AS (
         INSERT INTO migrate._mismatch (run, flow, key, kind, columns)
-        SELECT run, r[2]::int, r[3]::text[], r[1], r[4]::text[] FROM answer
-        WHERE r[1] <> 'rows' AND NOT (c.ignore_extra AND r[1] = 'extra') RETURNING 1),
+        SELECT _compare_rows.run, x.flow, x.key, x.kind, x.columns FROM finding x RETURNING 1),
     replaced AS (  -- what was known of the same keys
-        DELETE FROM migrate._mismatch x USING answer WHERE x.flow = CASE r[1] WHEN 'rows' THEN NULL ELSE r[2]::int END
-            AND x.key = CASE r[1] WHEN 'rows' THEN NULL ELSE r[3]::text[] END AND x.run <> _compare_rows.run)
-    SELECT r[2]::bigint, r[3]::bigint, (SELECT count(*) FROM recorded), r[4] FROM answer WHERE r[1] = 'rows'
-$$;
+        DELETE FROM migrate._mismatch x USING finding y WHERE x.flow = y.flow AND x.key = y.key AND x.run <> _compare_rows.run)
+    SELECT r[2]::bigint, r[3]::bigint, (SELECT count(*) FROM recorded), r[4] INTO expected_rows, actual_rows, findings, snapshot
+    FROM answer WHERE r[1] = 'rows';
+END $$;
 
 -- The end of the range that begins after `low`: a key that leaves about `rows` rows in it on the fuller side; NULL: the range is the last.
 -- Any key would do for exactness: a range is compared in a later statement.
@@ -450,14 +452,14 @@ BEGIN
 END $$;
 
 -- Compares one range and writes it into the ledger. Where the mapping fails for a row, the range is halved down to that row.
-CREATE FUNCTION migrate._validate_range(c migrate._comparison, run_id bigint, method text, low text[], high text[]) RETURNS void
+CREATE FUNCTION migrate._validate_range(m migrate._migration, c migrate._comparison, run_id bigint, method text, low text[], high text[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     digests record;
     rows record;
     which text[] := migrate._which(low, high);
     params text[] := migrate._bounds(c, low, high);
-    found bigint := 0;
+    findings bigint := 0;
     held bigint;
     middle text[];
     snapshot text;
@@ -470,17 +472,17 @@ BEGIN
             rows := digests;
             EXIT WHEN digests.expected_rows = digests.actual_rows AND digests.expected_md5 = digests.actual_md5;
         END IF;
-        SELECT * INTO rows FROM migrate._compare_rows(c, run_id, which, params, false);
-        found := rows.found;
+        SELECT * INTO rows FROM migrate._compare_rows(m, c, run_id, which, params, false);
+        findings := rows.findings;
         -- Without a row that differs, the digests must have differed for what a later snapshot has no more: then look again.
-        EXIT WHEN found > 0 OR method = 'rows' OR NOT c.digestible OR c.ignore_extra;
+        EXIT WHEN findings > 0 OR method = 'rows' OR NOT c.digestible OR c.ignore_extra;
         IF attempt = 3 THEN
             PERFORM migrate._raise('XX001', format('range (%s, %s] of flow "%s" differs, but no row in it', low, high, c.label),
                 format('%s rows with MD5 %s are expected, %s rows with MD5 %s are there.', digests.expected_rows, digests.expected_md5, digests.actual_rows, digests.actual_md5),
                 'The key may not be unique on one side: check its index with amcheck.');
         END IF;
     END LOOP;
-    PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, found, digests.expected_md5, digests.actual_md5, rows.snapshot);
+    PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, findings, digests.expected_md5, digests.actual_md5, rows.snapshot);
 EXCEPTION WHEN data_exception OR integrity_constraint_violation OR raise_exception THEN
     SELECT r[1]::bigint INTO held FROM migrate._as(c.role, format('SELECT count(*) FROM (%s) x', migrate._expected(c, which)), VARIADIC params) r;
     IF held > 1 THEN
@@ -488,11 +490,11 @@ EXCEPTION WHEN data_exception OR integrity_constraint_violation OR raise_excepti
             migrate._expected(c, which, true), c.key_order, held / 2 - 1), VARIADIC params) r;
     END IF;
     IF middle IS NULL OR middle = high THEN
-        SELECT * INTO rows FROM migrate._compare_rows(c, run_id, which, params, true);
-        PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, rows.found, NULL, NULL, rows.snapshot);
+        SELECT * INTO rows FROM migrate._compare_rows(m, c, run_id, which, params, true);
+        PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, rows.findings, NULL, NULL, rows.snapshot);
     ELSE
-        PERFORM migrate._validate_range(c, run_id, method, low, middle);
-        PERFORM migrate._validate_range(c, run_id, method, middle, high);
+        PERFORM migrate._validate_range(m, c, run_id, method, low, middle);
+        PERFORM migrate._validate_range(m, c, run_id, method, middle, high);
     END IF;
 END $$;
 
@@ -508,37 +510,32 @@ LANGUAGE sql AS $$
     UPDATE migrate._validation SET first_snapshot = coalesce(first_snapshot, snapshot), last_snapshot = snapshot WHERE run = run_id AND flow = c.flow
 $$;
 
--- A new run: a row for each comparison. Ledgers of earlier runs go.
+-- A new run: a row for each comparison. Ledgers of earlier runs go, but for one that the worker is still writing.
 CREATE FUNCTION migrate._validation_begin(m migrate._migration, method text, range_rows integer, for_worker boolean) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     run_id bigint := nextval('migrate._validation_run');
 BEGIN
-    DELETE FROM migrate._validation_range r USING migrate._validation v WHERE v.migration = m.id AND r.run = v.run AND r.flow = v.flow;
+    DELETE FROM migrate._validation_range r USING migrate._validation v WHERE v.migration = m.id AND r.run = v.run AND r.flow = v.flow
+        AND NOT (v.phase_since IS NOT DISTINCT FROM m.phase_since AND NOT for_worker AND m.phase = 'validating'
+                 AND EXISTS (SELECT FROM migrate._validation o WHERE o.run = v.run AND o.verdict IS NULL));
     INSERT INTO migrate._validation (run, migration, flow, flows, label, direction, method, range_rows, phase_since)
     SELECT run_id, m.id, c.flow, c.flows, c.label, c.direction, method, range_rows, CASE WHEN for_worker THEN m.phase_since END
     FROM migrate._comparisons(m) c;
     RETURN run_id;
 END $$;
 
--- The next range of a run by ranges; false when there is none left.
-CREATE FUNCTION migrate._validation_advance(m migrate._migration, run_id bigint) RETURNS boolean
+-- The next range of one comparison of a run by ranges; true when it was the last.
+CREATE FUNCTION migrate._validate_next(m migrate._migration, c migrate._comparison, run_id bigint, method text, range_rows integer) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
     began timestamptz := clock_timestamp();
-    v migrate._validation;
-    c migrate._comparison;
     last migrate._validation_range;
     high text[];
 BEGIN
-    SELECT * INTO v FROM migrate._validation WHERE run = run_id AND verdict IS NULL ORDER BY flow LIMIT 1;
-    IF NOT FOUND THEN
-        RETURN false;
-    END IF;
-    c := migrate._comparison(m, v.direction, v.flows);
-    SELECT * INTO last FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = v.flow ORDER BY ordinal DESC LIMIT 1;
-    high := migrate._next_bound(c, last.high, v.range_rows);
-    PERFORM migrate._validate_range(c, run_id, v.method, last.high, high);
+    SELECT * INTO last FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow ORDER BY ordinal DESC LIMIT 1;
+    high := migrate._next_bound(c, last.high, range_rows);
+    PERFORM migrate._validate_range(m, c, run_id, method, last.high, high);
     IF high IS NULL THEN
         -- A comparison with a bound is never true of NULL: rows without a key lie in no range that has one.
         IF c.nullable AND (SELECT count(*) > 1 FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow) THEN
@@ -552,8 +549,8 @@ BEGIN
         END IF;
         PERFORM migrate._validation_end(c, run_id);
     END IF;
-    UPDATE migrate._validation SET seconds = seconds + extract(epoch FROM clock_timestamp() - began) WHERE run = run_id AND flow = v.flow;
-    RETURN true;
+    UPDATE migrate._validation SET seconds = seconds + extract(epoch FROM clock_timestamp() - began) WHERE run = run_id AND flow = c.flow;
+    RETURN high IS NULL;
 END $$;
 
 -- The verdict on one comparison, from its ledger, which must cover the key space without a gap.
@@ -595,42 +592,38 @@ LANGUAGE sql AS $$
 $$;
 
 -- The methods that take one statement. counts and checksum say whether, not where: mismatches is NULL then.
-CREATE FUNCTION migrate._validate_whole(m migrate._migration, run_id bigint, flow_id integer) RETURNS void
+CREATE FUNCTION migrate._validate_whole(m migrate._migration, c migrate._comparison, run_id bigint, method text, sample_rows integer) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     began timestamptz := clock_timestamp();
-    v migrate._validation;
-    c migrate._comparison;
     a record;
     picked text[];
     same boolean;
 BEGIN
-    SELECT * INTO v FROM migrate._validation WHERE run = run_id AND flow = flow_id;
-    c := migrate._comparison(m, v.direction, v.flows);
-    IF v.method = 'counts' THEN
-        SELECT expected_rows, actual_rows, snapshot, NULL::text AS expected_md5, NULL::text AS actual_md5, NULL::bigint AS found INTO a FROM migrate._compare_counts(c);
+    IF method = 'counts' THEN
+        SELECT expected_rows, actual_rows, snapshot, NULL::text AS expected_md5, NULL::text AS actual_md5, NULL::bigint AS findings INTO a FROM migrate._compare_counts(c);
         same := a.expected_rows = a.actual_rows OR c.ignore_extra AND a.expected_rows < a.actual_rows;
-    ELSIF v.method = 'checksum' THEN
-        SELECT *, NULL::bigint AS found INTO a FROM migrate._compare_digests(c, NULL, NULL);
+    ELSIF method = 'checksum' THEN
+        SELECT *, NULL::bigint AS findings INTO a FROM migrate._compare_digests(c, NULL, NULL);
         same := a.expected_rows = a.actual_rows AND a.expected_md5 = a.actual_md5;
         IF same THEN
-            a.found := 0;
+            a.findings := 0;
         ELSIF NOT c.digestible OR c.ignore_extra THEN
             PERFORM migrate._raise('0A000', format('the digests of flow "%s" differ, which does not say that its rows do', c.label),
                 'Digests compare images. With option equality = semantic, after cutover, and where flows map different columns of one target, rows must be compared one by one.',
                 format('SELECT * FROM migrate.validate(%L, ''ranges'');', m.name));
         END IF;
     ELSE
-        picked := migrate._sample(c, v.range_rows);
-        SELECT *, NULL::text AS expected_md5, NULL::text AS actual_md5 INTO a FROM migrate._compare_rows(c, run_id, '{among}', picked, false);
-        same := a.found = 0;
+        picked := migrate._sample(c, sample_rows);
+        SELECT *, NULL::text AS expected_md5, NULL::text AS actual_md5 INTO a FROM migrate._compare_rows(m, c, run_id, '{among}', picked, false);
+        same := a.findings = 0;
     END IF;
     UPDATE migrate._validation SET
         source_rows = CASE direction WHEN 'forward' THEN a.expected_rows ELSE a.actual_rows END, target_rows = CASE direction WHEN 'forward' THEN a.actual_rows ELSE a.expected_rows END,
         source_checksum = CASE direction WHEN 'forward' THEN a.expected_md5 ELSE a.actual_md5 END, target_checksum = CASE direction WHEN 'forward' THEN a.actual_md5 ELSE a.expected_md5 END,
-        mismatches = a.found, first_snapshot = a.snapshot, last_snapshot = a.snapshot, verdict = CASE WHEN same THEN 'equal' ELSE 'mismatch' END,
+        mismatches = a.findings, first_snapshot = a.snapshot, last_snapshot = a.snapshot, verdict = CASE WHEN same THEN 'equal' ELSE 'mismatch' END,
         seconds = extract(epoch FROM clock_timestamp() - began)
-    WHERE run = run_id AND flow = flow_id;
+    WHERE run = run_id AND flow = c.flow;
 END $$;
 
 -- Up to `rows` random keys of each side: parameters for "among", an array for each key column.
@@ -653,7 +646,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._find(caller, $2);  -- no lock: a validation may take hours, pause() must not wait for it
     run_id bigint;
-    flow_id integer;
+    c migrate._comparison;
 BEGIN
     PERFORM migrate._require_members(caller, m);
     IF how IS NULL OR how NOT IN ('counts', 'sample', 'checksum', 'ranges', 'rows') THEN
@@ -663,15 +656,16 @@ BEGIN
     IF m.phase IN ('finalized', 'cancelled') THEN
         PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, m.phase), 'Nothing keeps its two sides equal any more.');
     END IF;
-    run_id := migrate._validation_begin(m, how, $4, false);
-    IF how IN ('ranges', 'rows') THEN
-        WHILE migrate._validation_advance(m, run_id) LOOP
-        END LOOP;
-    ELSE
-        FOR flow_id IN SELECT v.flow FROM migrate._validation v WHERE v.run = run_id ORDER BY v.flow LOOP
-            PERFORM migrate._validate_whole(m, run_id, flow_id);
-        END LOOP;
-    END IF;
+    run_id := migrate._validation_begin(m, how, range_rows, false);
+    FOR c IN SELECT * FROM migrate._comparisons(m) LOOP
+        IF how IN ('ranges', 'rows') THEN
+            LOOP
+                EXIT WHEN migrate._validate_next(m, c, run_id, how, range_rows);
+            END LOOP;
+        ELSE
+            PERFORM migrate._validate_whole(m, c, run_id, how, range_rows);
+        END IF;
+    END LOOP;
     PERFORM migrate._event(m, caller, 'validated', migrate._validation_text(run_id));
     RETURN QUERY SELECT v.label, v.method, v.source_rows, v.target_rows, v.ranges, v.mismatches, v.source_checksum, v.target_checksum, round(v.seconds, 3),
         CASE WHEN v.first_snapshot = v.last_snapshot THEN v.first_snapshot ELSE v.first_snapshot || ' .. ' || v.last_snapshot END, v.verdict
@@ -699,16 +693,17 @@ CREATE FUNCTION migrate._validate_step(migration_id integer, range_rows integer 
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
+    v migrate._validation;
     run_id bigint;
 BEGIN
     SELECT * INTO m FROM migrate._migration WHERE id = migration_id;
+    -- Resuming after a run that has ended (with a mismatch) checks everything again.
     SELECT max(run) INTO run_id FROM migrate._validation WHERE migration = m.id AND phase_since = m.phase_since;
-    -- A run that has ended with a mismatch is over: resuming after it checks everything again.
-    IF run_id IS NULL OR NOT EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL)
-       OR NOT EXISTS (SELECT FROM migrate._validation_range WHERE run = run_id) AND EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NOT NULL) THEN
+    IF run_id IS NULL OR NOT EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL) THEN
         run_id := migrate._validation_begin(m, 'ranges', range_rows, true);
     END IF;
-    PERFORM migrate._validation_advance(m, run_id);
+    SELECT * INTO v FROM migrate._validation WHERE run = run_id AND verdict IS NULL ORDER BY flow LIMIT 1;
+    PERFORM migrate._validate_next(m, migrate._comparison(m, v.direction, v.flows), run_id, v.method, v.range_rows);
     IF EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL) THEN
         RETURN 'more';
     END IF;
@@ -739,5 +734,5 @@ DECLARE
 BEGIN
     PERFORM migrate._require_members(caller, m);
     RETURN QUERY SELECT f.name, migrate._key_text(x.key), x.kind, x.columns, x.found_at
-        FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id ORDER BY f.id, x.found_at, x.key;
+        FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id ORDER BY f.id, x.key COLLATE "C";
 END $$;

@@ -55,7 +55,7 @@ BEGIN
     END IF;
     IF NOT execute THEN
         RETURN QUERY SELECT migrate._repair_sql(x, way) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow
-            WHERE f.migration = m.id ORDER BY f.id, x.found_at, x.key;
+            WHERE f.migration = m.id ORDER BY f.id, x.key COLLATE "C";
         RETURN;
     END IF;
     IF m.phase IN ('planned', 'finalized', 'cancelled') THEN
@@ -118,11 +118,11 @@ BEGIN
             RETURN NEXT format('%s: key %s is not mended: its row is locked by another transaction; call repair again', c.label, migrate._key_text(one));
         END LOOP;
     END IF;
-    PERFORM migrate._verify_keys(c, run_id, flow_id, keys);
+    PERFORM migrate._verify_keys(m, c, run_id, flow_id, keys);
 END $$;
 
 -- Compares these keys (2-D) anew: what still differs stays on record as it is now, what is equal is struck off.
-CREATE FUNCTION migrate._verify_keys(c migrate._comparison, run_id bigint, flow_id integer, keys text[]) RETURNS void
+CREATE FUNCTION migrate._verify_keys(m migrate._migration, c migrate._comparison, run_id bigint, flow_id integer, keys text[]) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     params text[];
@@ -136,7 +136,7 @@ BEGIN
                             FROM generate_subscripts(keys, 1) r)
                     FROM migrate._mapping p, generate_subscripts(p.key_dest, 1) i
                     WHERE p.flow = flow_id AND p.direction = c.direction AND migrate._varies(c, i) ORDER BY i);
-    PERFORM migrate._compare_rows(c, run_id, '{among}', params, false);
+    PERFORM migrate._compare_rows(m, c, run_id, '{among}', params, false);
     DELETE FROM migrate._mismatch x WHERE x.flow = ANY (c.flows) AND x.run <> run_id
         AND (x.flow = flow_id AND x.key = ANY (SELECT migrate._key_row(keys, r) FROM generate_subscripts(keys, 1) r));
 END $$;

@@ -317,7 +317,7 @@ $$;
 -- One step, in a REPEATABLE READ transaction of its own: both sides of every comparison are read in one snapshot.
 -- 'more'; in phase shadowing also 'done' after shadow_time, or 'mismatch: …' as soon as too many keys differ.
 CREATE FUNCTION migrate._shadow_step(migration_id integer) RETURNS text
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET jit = off AS $$
 DECLARE
     m migrate._migration;
     f migrate._flow;
@@ -331,9 +331,10 @@ BEGIN
     in_direction := CASE m.phase WHEN 'cut_over' THEN 'reverse' ELSE 'forward' END;
     FOR f IN SELECT * FROM migrate._flow x WHERE x.migration = migration_id ORDER BY x.id LOOP
         s := migrate._shadow_flow(m, f, in_direction);
-        -- A table that is empty, or whose keys are all known to differ, yields no reads. A pause does not count as time.
+        -- Time is not enough where a worker had no time to read; but where there is nothing to read, it is. A pause does not count.
         all_done := all_done AND s.active_ms >= migrate._opt_ms(m.id, 'shadow_time')
-            AND (s.reads >= least(s.planned, 1000) OR s.active_ms >= 2 * migrate._opt_ms(m.id, 'shadow_time') + 1000);
+            AND (s.picked >= least(s.planned, 1000) OR s.active_ms >= 2 * migrate._opt_ms(m.id, 'shadow_time') + 1000
+                 OR NOT EXISTS (SELECT FROM migrate._tree(f.source) t(relid) WHERE pg_relation_size(t.relid) > 0));
         IF m.phase = 'shadowing' AND s.mismatches > most * greatest(s.planned, s.reads) THEN
             UPDATE migrate._shadow x SET refused = true WHERE x.flow = s.flow AND x.direction = s.direction;
             verdict := coalesce(verdict || '; ', 'mismatch: ') || format('%s of %s keys differ in flow %s, rate %s > %s (max_shadow_mismatch_rate)',

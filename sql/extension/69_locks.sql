@@ -10,8 +10,8 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_lock_relations';
 CREATE FUNCTION migrate._seconds(duration interval) RETURNS text
 LANGUAGE sql IMMUTABLE AS $$ SELECT round(greatest(extract(epoch FROM duration), 0)::numeric, 1) || ' s' $$;
 
--- One line on a session; its query only for who may see it.
-CREATE FUNCTION migrate._describe_session(caller regrole, pid integer) RETURNS text
+-- One line on a backend; its query only for who may see it.
+CREATE FUNCTION migrate._describe_backend(caller regrole, pid integer) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce((SELECT format('PID %s (%s)', a.pid, concat_ws(', ',
                'role ' || a.usename,
@@ -20,7 +20,7 @@ LANGUAGE sql STABLE AS $$
                'transaction open for ' || migrate._seconds(clock_timestamp() - a.xact_start),
                CASE WHEN pg_has_role(caller, a.usesysid, 'USAGE') OR pg_has_role(caller, 'pg_read_all_stats', 'USAGE')
                     THEN 'query: ' || left(regexp_replace(a.query, '\s+', ' ', 'g'), 60) END))
-        FROM pg_stat_activity a WHERE a.pid = _describe_session.pid), format('PID %s (gone meanwhile)', pid))
+        FROM pg_stat_activity a WHERE a.pid = _describe_backend.pid), format('PID %s (gone meanwhile)', pid))
 $$;
 
 -- Who holds a lock that conflicts with the wanted ones, and was there already when the attempt began: short transactions come
@@ -40,7 +40,7 @@ LANGUAGE sql VOLATILE AS $$
           AND (w.mode = 'ACCESS EXCLUSIVE' OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
         GROUP BY 1, 2
     )
-    SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_session(caller, h.pid)
+    SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_backend(caller, h.pid)
                        ELSE coalesce((SELECT format('prepared transaction %L', p.gid) FROM pg_prepared_xacts p
                                       WHERE h.virtualtransaction = '-1/' || p.transaction), 'a prepared transaction') END
                   || ' holds ' || h.holds

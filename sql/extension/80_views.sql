@@ -71,15 +71,15 @@ CREATE VIEW migrate.failures WITH (security_barrier) AS
     WHERE pg_has_role(m.owner, 'MEMBER');
 COMMENT ON VIEW migrate.failures IS 'keys that could not be copied or dual-written, with SQLSTATE and what refused them; never the row';
 
--- A bar of `width` cells, filled to an eighth of a cell, or to a whole one where only ASCII can be shown.
+-- A bar of `width` cells, filled to an eighth of a cell, or to a whole one where only ASCII can be shown. (The characters are
+-- made when they are needed: a database of another encoding has none of them.)
 CREATE FUNCTION migrate._bar(percent numeric, width integer, utf8 boolean) RETURNS text
 LANGUAGE plpgsql IMMUTABLE AS $$
 DECLARE
     eighths integer := floor(least(greatest(percent, 0), 100) / 100 * width * 8);
 BEGIN
-    -- Not one expression: where the database's encoding lacks these characters, already parsing them is an error.
     IF utf8 THEN
-        RETURN rpad(repeat(U&'\2588', eighths / 8) || CASE WHEN eighths % 8 > 0 THEN substr(U&'\258F\258E\258D\258C\258B\258A\2589', eighths % 8, 1) ELSE '' END, width);
+        RETURN rpad(repeat(chr(9608), eighths / 8) || CASE WHEN eighths % 8 > 0 THEN chr(9616 - eighths % 8) ELSE '' END, width);
     END IF;
     RETURN '[' || rpad(repeat('#', eighths / 8), width, '.') || ']';
 END $$;

@@ -39,14 +39,14 @@ sub signal
 	return;
 }
 
-my $busy;
+my ($busy, $busy2);
 signal('max_active_backends',
 	sub {
 		$busy = background($node);
 		$busy->query_until(qr/begun/, "\\echo begun\nSELECT pg_sleep(600);\n");
 		set('max_active_backends', '1');
-		$node->{second} = background($node);
-		$node->{second}->query_until(qr/begun/, "\\echo begun\nSELECT pg_sleep(600);\n");
+		$busy2 = background($node);
+		$busy2->query_until(qr/begun/, "\\echo begun\nSELECT pg_sleep(600);\n");
 	},
 	qr/active backends? \d+ > 1|\d+ active backends? > 1/,
 	sub { set('max_active_backends', 'none') });
@@ -71,7 +71,8 @@ set('throttle_query', 'none');
 
 # A window that is closed now, whatever the time.
 my $closed = $node->safe_psql('postgres', q{SELECT to_char(now() AT TIME ZONE 'UTC' + interval '3 h', 'HH24:MI') || '-' || to_char(now() AT TIME ZONE 'UTC' + interval '4 h', 'HH24:MI') || ' UTC'});
-signal('window', sub { set('window', $closed) }, qr/window.*\Q$closed\E|\Q$closed\E/, sub { set('window', 'always') });
+my ($hours) = split / /, $closed;
+signal('window', sub { set('window', $closed) }, qr/window \Q$hours\E, it is \d\d:\d\d \(UTC\)/, sub { set('window', 'always') });
 
 # Throttles of a fixed rate hold it; those with an expiry end by themselves.
 my ($rows, $at) = split /\|/, $node->safe_psql('postgres', 'SELECT sum(rows_done), extract(epoch FROM clock_timestamp()) FROM migrate._range');

@@ -1,0 +1,33 @@
+// What all background workers of the extension share: how they are registered, connect, sleep.
+#pragma once
+#include "compat.hpp"
+
+namespace migrate {
+
+// What a background worker must know to begin; travels in bgw_extra.
+struct WorkerStart {
+    Oid database;
+    int32 migration;
+    int32 worker;
+};
+
+// Registers a dynamic background worker that runs the library's function `main_function`. False when no slot is free.
+// The worker starts at once, before the caller's transaction commits.
+bool register_worker(const WorkerStart &start, const char *main_function, const char *name,
+                     BackgroundWorkerHandle **handle = nullptr);
+
+// Handlers for SIGTERM and SIGHUP, then a connection to start.database as the bootstrap superuser.
+void connect_worker(const WorkerStart &start);
+WorkerStart worker_start();
+
+// Sleeps until the time is over, the latch is set or the postmaster dies; handles interrupts.
+void latch_sleep(double ms);
+// The same in a background worker, which must see to SIGHUP by itself.
+void worker_sleep(double ms);
+
+bool extension_exists();
+
+// Registers worker number `worker` of a migration in this database. False when no slot is free.
+bool launch_migration_worker(int32 migration, int32 worker);
+
+}  // namespace migrate
