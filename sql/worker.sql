@@ -67,7 +67,7 @@ SELECT phase FROM migrate.progress WHERE migration = 'worker_test';
 
 SELECT migrate.start('worker_test');
 SELECT reaches($$ EXISTS (SELECT FROM migrate.migration WHERE name = 'worker_test' AND failed_since IS NOT NULL) $$);
-SELECT phase, state, percent, rows_copied, failures, requeued, workers FROM migrate.progress WHERE migration = 'worker_test';
+SELECT phase, state, percent, rows_copied, failures, requeued FROM migrate.progress WHERE migration = 'worker_test';
 SELECT flow, key, sqlstate, object, origin FROM migrate.failures WHERE migration = 'worker_test' ORDER BY key;
 SELECT count(*) FROM profiles;
 SELECT id FROM users LEFT JOIN profiles ON user_id = id WHERE user_id IS NULL ORDER BY id;
