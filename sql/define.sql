@@ -153,6 +153,18 @@ SELECT migrate.add_flow('split', 'users', 'contact', $$ id, email $$);
 SELECT f.name, f.source, f.target, f.on_target_delete, f.not_carried FROM migrate._flow f ORDER BY f.id;
 SELECT migrate.drop('split');
 
+-- several sources of one target: without a constant nobody could say whose a row of the target is
+CREATE TABLE more_users (id bigint PRIMARY KEY, email text);
+CREATE TABLE marked_contact (id bigint PRIMARY KEY, email text, origin text);
+SELECT migrate.define('union', 'users', 'contact', $$ id, email $$, on_target_delete => 'keep');
+SELECT migrate.add_flow('union', 'more_users', 'contact', $$ id, email $$, flow => 'more');
+SELECT f.name, m.direction, f.reverse_gaps FROM migrate._flow f JOIN migrate._mapping m ON m.flow = f.id ORDER BY 1, 2;
+SELECT migrate.drop('union');
+SELECT migrate.define('union', 'more_users', 'marked_contact', $$ id, email, 'more' AS origin $$);
+SELECT migrate.add_flow('union', 'users', 'marked_contact', $$ id, email, 'users' AS origin $$, flow => 'users', on_target_delete => 'keep');
+SELECT f.name, m.direction, m.filtered FROM migrate._flow f JOIN migrate._mapping m ON m.flow = f.id ORDER BY 1, 2;
+SELECT migrate.drop('union');
+
 -- rights
 CREATE ROLE define_stranger;
 CREATE ROLE define_owner;

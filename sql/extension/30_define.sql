@@ -205,6 +205,23 @@ EXCEPTION WHEN OTHERS THEN
     RETURN ARRAY[format('nothing written to %s is carried back to %s: %s', f.target, f.source, SQLERRM)];
 END $$;
 
+-- Rows of a target that several flows feed go back to one source only. Where a flow's reverse mapping is not held to its share of
+-- the target by a constant, it would write every source's rows into its own: it is taken away, and the gap says so.
+CREATE FUNCTION migrate._drop_shared_reverse(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT p.view, f.id, f.target, f.source FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow
+             WHERE f.migration = m.id AND p.direction = 'reverse' AND NOT p.filtered
+               AND EXISTS (SELECT FROM migrate._flow g WHERE g.migration = f.migration AND g.target = f.target AND g.id <> f.id) LOOP
+        EXECUTE format('DROP VIEW %s', r.view);
+        DELETE FROM migrate._mapping p WHERE p.flow = r.id AND p.direction = 'reverse';
+        UPDATE migrate._flow f SET reverse_gaps = ARRAY[format('nothing written to %s is carried back to %s: several flows feed it, and no column that is mapped to a constant tells whose a row is', r.target, r.source)]
+        WHERE f.id = r.id;
+    END LOOP;
+END $$;
+
 CREATE FUNCTION migrate._create_flow(caller regrole, m migrate._migration, flow_name text, source regclass, target regclass, mapping text, filter text,
                                      reverse text, on_target_delete text) RETURNS void
 LANGUAGE plpgsql AS $body$
@@ -243,9 +260,14 @@ BEGIN
         r.mapping := reverse;
         f.reverse_gaps := '{}';
     END IF;
+    IF filter IS NOT NULL THEN
+        f.reverse_gaps := f.reverse_gaps || format('a row inserted into %s with the key of a row of %s that the filter leaves out is written over that row', target, source);
+    END IF;
     f.reverse_gaps := f.reverse_gaps || migrate._make_reverse(f, r.mapping, r.filter, r.fixed, path);
     UPDATE migrate._flow x SET not_carried = f.not_carried, reverse_gaps = f.reverse_gaps,
         on_target_delete = coalesce(x.on_target_delete, migrate._default_on_target_delete(fwd, f.not_carried)) WHERE x.id = f.id;
+    PERFORM migrate._drop_shared_reverse(m);
+    SELECT * INTO f FROM migrate._flow x WHERE x.id = f.id;
     PERFORM migrate._say_what_is_left_out(m, f, fwd);
 END $body$;
 
