@@ -141,7 +141,7 @@ SELECT migrate.set('eq', 'on_target_delete', 'keep');
 UPDATE migrate._migration SET phase = 'cut_over' WHERE name = 'eq';
 SELECT step(0, 'eq');
 SELECT steps(20, 'eq');
-SELECT direction, reads + earlier_reads > 0, mismatches FROM migrate.shadow_reads WHERE migration = 'eq' ORDER BY 1;
+SELECT direction, reads + earlier_reads > 0, mismatches FROM migrate.shadow_reads WHERE migration = 'eq' AND direction = 'reverse';
 DELETE FROM s_eq WHERE id < 20;
 SELECT steps(20, 'eq');
 SELECT DISTINCT kind FROM migrate.shadow_mismatches WHERE migration = 'eq' AND direction = 'reverse';

@@ -86,7 +86,8 @@ COMMENT ON COLUMN migrate._flow.fingerprint IS '_fingerprint() as it was when th
 
 -- A flow has a mapping in the direction 'forward' (origin = source, dest = target) and, where one can be had, in the direction
 -- 'reverse' (origin = target, dest = source). The primitive of src/flow.cpp knows nothing but this row.
--- The arrays key_* are aligned: one element for each column of dest's key index.
+-- The arrays key_* are aligned: one element for each column of dest's key index, in its order. (The index itself is not kept: a
+-- restored dump has the rows here before it has its indexes.)
 CREATE TABLE migrate._mapping (
     flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
     direction  text NOT NULL CHECK (direction IN ('forward', 'reverse')),
@@ -95,7 +96,6 @@ CREATE TABLE migrate._mapping (
     dest       regclass NOT NULL,
     columns    int2[] NOT NULL,
     reads      int2[] NOT NULL,
-    key_index  regclass NOT NULL,
     key_dest   int2[] NOT NULL,
     key_view   int2[] NOT NULL,
     key_origin int2[] NOT NULL,
@@ -108,7 +108,6 @@ COMMENT ON TABLE migrate._mapping IS 'the mapping view of a flow in one directio
 COMMENT ON COLUMN migrate._mapping.columns IS 'attribute number in dest of each column of the view';
 COMMENT ON COLUMN migrate._mapping.reads IS 'attribute numbers of origin that the view reads; {0}: all (a whole-row reference)';
 COMMENT ON COLUMN migrate._mapping.plain IS 'every column is a bare column or a constant: no expression that could raise an error';
-COMMENT ON COLUMN migrate._mapping.key_index IS 'the unique index of dest that upserts arbitrate on';
 COMMENT ON COLUMN migrate._mapping.key_view IS 'position in the view of each key column';
 COMMENT ON COLUMN migrate._mapping.key_origin IS 'attribute number in origin of each key column that is mapped bare; 0 where it is a constant';
 COMMENT ON COLUMN migrate._mapping.key_const IS 'the constant (as text of dest''s type) of each key column that is one, else NULL';

@@ -15,6 +15,14 @@ CREATE FUNCTION migrate._invalidate(relation regclass) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_invalidate';
 COMMENT ON FUNCTION migrate._invalidate IS 'makes every backend read the mappings of this table again';
 
+-- The unique index of dest that upserts arbitrate on; NULL when it is gone.
+CREATE FUNCTION migrate._key_index(dest regclass, key_dest int2[]) RETURNS regclass
+LANGUAGE sql STABLE AS $$
+    SELECT i.indexrelid::regclass FROM pg_index i
+    WHERE i.indrelid = dest AND i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indkey[0:i.indnkeyatts - 1]::int2[] = key_dest
+    ORDER BY i.indisvalid DESC, i.indimmediate DESC, i.indisprimary DESC, i.indexrelid LIMIT 1
+$$;
+
 -- Whether a column of the mapping view cannot be NULL: a key column, or a bare NOT NULL column of origin of the same name.
 CREATE FUNCTION migrate._never_null(mapping migrate._mapping, view_column int2) RETURNS boolean
 LANGUAGE sql STABLE AS $$
@@ -29,7 +37,7 @@ LANGUAGE sql STABLE AS $$
     SELECT NOT mapping.plain
         OR (SELECT relkind <> 'r' FROM pg_class WHERE oid = mapping.dest)
         OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = mapping.dest AND contype IN ('c', 'f', 'x', 't'))
-        OR EXISTS (SELECT FROM pg_index WHERE indrelid = mapping.dest AND indexrelid <> mapping.key_index AND (indisunique OR indisexclusion OR indexprs IS NOT NULL OR indpred IS NOT NULL))
+        OR EXISTS (SELECT FROM pg_index WHERE indrelid = mapping.dest AND indexrelid <> migrate._key_index(mapping.dest, mapping.key_dest) AND (indisunique OR indisexclusion OR indexprs IS NOT NULL OR indpred IS NOT NULL))
         OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 28 <> 8)
         OR EXISTS (SELECT FROM pg_attribute d
                    LEFT JOIN LATERAL (SELECT v.* FROM pg_attribute v

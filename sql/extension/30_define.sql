@@ -59,7 +59,7 @@ $$;
 -- reason when there is none. columns/bare/constants are those of _create_mapping_view; fixed are the columns of origin that the
 -- mapping's filter holds to one value.
 CREATE FUNCTION migrate._choose_key(origin regclass, dest regclass, columns int2[], bare int2[], constants text[], fixed int2[],
-    OUT key_index regclass, OUT key_dest int2[], OUT key_view int2[], OUT key_origin int2[], OUT key_const text[])
+    OUT key_dest int2[], OUT key_view int2[], OUT key_origin int2[], OUT key_const text[])
 LANGUAGE plpgsql AS $$
 DECLARE
     i record;
@@ -95,13 +95,12 @@ BEGIN
                                                 OR (t.typcategory = 'A' AND o.opcintype = 2277)))) THEN 'has a column of a type that PostgreSQL itself cannot sort'
         END;
         IF reason IS NULL THEN
-            key_index := i.indexrelid;
             key_dest := i.keys::int2[];
             EXIT;
         END IF;
         reason := format('index "%s" %s', i.indexrelid::regclass, reason);
     END LOOP;
-    IF key_index IS NULL THEN
+    IF key_dest IS NULL THEN
         PERFORM migrate._raise('42P10', format('target "%s" has no usable key for this mapping', dest), format('The last reason: %s.', reason),
             format('Map the columns of a unique index of %1$s to bare NOT NULL columns of %2$s of the same type and collation, as in id AS user_id, or to constants; or make one: ALTER TABLE %1$s ADD PRIMARY KEY (…);', dest, origin));
     END IF;
@@ -150,7 +149,7 @@ BEGIN
         PERFORM migrate._raise('23502', format('column (%s) of "%s" is NOT NULL, has no default and is not mapped', missing, dest), '',
             format('Add it to the mapping, as in: … AS %1$s; or ALTER TABLE %2$s ALTER COLUMN %1$s SET DEFAULT …;', split_part(missing, ', ', 1), dest));
     END IF;
-    INSERT INTO migrate._mapping VALUES (flow, direction, v.view, origin, dest, v.columns, v.reads, k.key_index, k.key_dest, k.key_view, k.key_origin, k.key_const,
+    INSERT INTO migrate._mapping VALUES (flow, direction, v.view, origin, dest, v.columns, v.reads, k.key_dest, k.key_view, k.key_origin, k.key_const,
         filter IS NOT NULL, (SELECT bool_and(b <> 0 OR c IS NOT NULL) FROM unnest(v.bare, v.constants) x(b, c)));
     EXECUTE format('COMMENT ON VIEW %s IS %L', v.view, format('mapping of migration flow %s, %s: from %s to %s', flow, direction, origin, dest));
     EXECUTE format('GRANT SELECT, UPDATE ON %s TO %s', v.view, migrate._table_owner(dest));

@@ -57,7 +57,7 @@ BEGIN
     SELECT * INTO forward FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'forward';
     SELECT * INTO reverse FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'reverse';
     lines := ARRAY[format('### %s to %s', migrate._plan_code(f.source::text), migrate._plan_code(f.target::text)), '',
-        format('Key of the target: %s (index %s)%s', migrate._plan_code(migrate._column_list(f.target, forward.key_dest)), migrate._plan_code(forward.key_index::text),
+        format('Key of the target: %s (index %s)%s', migrate._plan_code(migrate._column_list(f.target, forward.key_dest)), migrate._plan_code(migrate._key_index(forward.dest, forward.key_dest)::text),
                CASE WHEN forward.filtered THEN '. Rows of the source that fulfil ' || migrate._plan_code(btrim(coalesce(f.filter, 'the filter'), E' \n\t')) || ' only.' ELSE '.' END), '',
         '| target column | type | from |', '|---|---|---|'];
     lines := lines || ARRAY(

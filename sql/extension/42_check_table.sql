@@ -96,7 +96,7 @@ LANGUAGE sql STABLE AS $$
     UNION ALL
     SELECT DISTINCT 'publication', 'error', format('target %s is in publication %s and has no replica identity: every update of it would fail', l.relid, quote_ident(p.pubname)),
            format('ALTER TABLE %s REPLICA IDENTITY USING INDEX %s;', l.relid,
-                  coalesce((SELECT quote_ident(i.relname) FROM migrate._mapping k JOIN pg_class i ON i.oid = k.key_index
+                  coalesce((SELECT quote_ident(i.relname) FROM migrate._mapping k JOIN pg_class i ON i.oid = migrate._key_index(k.dest, k.key_dest)
                             WHERE k.dest = l.relid AND k.direction = 'forward' ORDER BY k.flow LIMIT 1), '…'))
     FROM leaf l JOIN pg_class c ON c.oid = l.relid AND c.relkind = 'r'
     JOIN published p ON p.changes AND p.relid IN (SELECT l.relid UNION SELECT relid FROM pg_partition_ancestors(l.relid))

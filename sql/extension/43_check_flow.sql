@@ -7,7 +7,7 @@ LANGUAGE sql STABLE AS $$
                ARRAY(SELECT o FROM unnest(p.key_origin) AS o WHERE o > 0) AS bare
         FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
         JOIN pg_class d ON d.oid = p.dest JOIN pg_class o ON o.oid = p.origin
-        LEFT JOIN pg_index i ON i.indexrelid = p.key_index AND i.indrelid = p.dest
+        LEFT JOIN pg_index i ON i.indexrelid = migrate._key_index(p.dest, p.key_dest) AND i.indrelid = p.dest
         WHERE f.migration = m.id)
     SELECT 'key_index', 'error', format('target %s has no usable key: %s', k.dest, CASE
                WHEN k.indexrelid IS NULL THEN format('the unique index over (%s) is gone', migrate._column_list(k.dest, k.key_dest))
@@ -139,7 +139,7 @@ CREATE FUNCTION migrate._check_constraints(m migrate._migration) RETURNS SETOF m
 LANGUAGE sql STABLE AS $$
     WITH t AS (SELECT DISTINCT f.target FROM migrate._flow f JOIN pg_class c ON c.oid = f.target WHERE f.migration = m.id),
     strict AS (SELECT migrate._opt(m.id, 'dual_write') = 'strict' AS is_on),
-    own_key AS (SELECT p.key_index FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m.id AND p.direction = 'forward')
+    own_key AS (SELECT migrate._key_index(p.dest, p.key_dest) AS key_index FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m.id AND p.direction = 'forward')
     SELECT 'constraints', CASE WHEN strict.is_on THEN 'warning' ELSE 'info' END,
            format('target %s has %s (%s): a row that it refuses %s', t.target, c.conname_quoted, c.what,
                   CASE WHEN strict.is_on THEN 'fails the application''s statement (dual_write = strict)' ELSE 'is recorded in migrate.failures and blocks cutover (dual_write = best_effort)' END), ''

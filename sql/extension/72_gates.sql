@@ -48,7 +48,7 @@ BEGIN
             hint := format('SELECT * FROM migrate.validate(%L);', m.name);
         WHEN 'shadow' THEN
             problem := migrate._shadow_gate(m.id);
-            hint := format('SELECT * FROM migrate.mismatches(%L);', m.name);
+            hint := format('SELECT * FROM migrate.shadow_reads WHERE migration = %L; and migrate.shadow_mismatches show what was found.', m.name);
         WHEN 'reverse' THEN
             SELECT r.problem, r.hint INTO problem, hint FROM migrate._reverse_gate(m, forward) r;
         WHEN 'preflight' THEN

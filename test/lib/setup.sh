@@ -210,3 +210,8 @@ start_server() {
     as_user pg_ctl -D "$T/$name/data" -l "$T/log/$name.log" -w start >/dev/null || { tail -20 "$T/log/$name.log"; return 1; }
     export PGHOST=$T/$name/socket PGUSER=postgres PGPORT=5432
 }
+
+stop_server() {
+    as_user pg_ctl -D "$T/$1/data" -m immediate stop >/dev/null 2>&1
+    unset PGHOST PGPORT PGUSER
+}
