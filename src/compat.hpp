@@ -17,6 +17,14 @@ inline List *parse_sql(const char *sql) {
 #endif
 }
 
+inline Query *analyze_sql(RawStmt *statement, const char *sql) {
+#if PG_VERSION_NUM >= 150000
+    return parse_analyze_fixedparams(statement, sql, NULL, 0, NULL);
+#else
+    return parse_analyze(statement, sql, NULL, 0, NULL);
+#endif
+}
+
 inline bool may_execute(Oid function, Oid role) {
 #if PG_VERSION_NUM >= 160000
     return object_aclcheck(ProcedureRelationId, function, role, ACL_EXECUTE) == ACLCHECK_OK;

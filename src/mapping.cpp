@@ -13,7 +13,8 @@ struct Request {
     Oid origin;
     Oid dest;
     const char *mapping;
-    const char *filter;   // NULL: all rows
+    const char *filter;  // NULL: all rows
+    Oid caller;
     const char *parsing;  // the SQL whose parse tree an error's position points into; NULL: none that could be shown
 };
 
@@ -61,6 +62,67 @@ Node *parse_filter(Request *request, const char *text) {
     return target->val;
 }
 
+Oid owner_of(Oid relation) {
+    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relation));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for relation %u", relation);
+    const Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
+    ReleaseSysCache(tuple);
+    return owner;
+}
+
+void require_plain_query(const Query *query) {
+    const char *what = query->hasSubLinks      ? "a subquery"
+                       : query->hasAggs        ? "an aggregate"
+                       : query->hasWindowFuncs ? "a window function"
+                       : query->hasTargetSRFs  ? "a set-returning function"
+                                               : NULL;
+    if (what == NULL) return;
+    ereport(ERROR,
+            (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("mapping contains %s", what),
+             errhint("A target row is computed from one source row. Join or aggregate in a view of the application, or "
+                     "keep the value in a column.")));
+}
+
+// Whether reading a literal of the type may run a domain's check: the parser reads literals at once. (A base type's
+// input function is C, which only a superuser can have made.)
+bool literal_runs_user_code(Oid type) {
+    const Oid element = get_element_type(type);
+    if (OidIsValid(element)) return literal_runs_user_code(element);
+    const char kind = get_typtype(type);
+    return kind == TYPTYPE_COMPOSITE || kind == TYPTYPE_DOMAIN ||
+           (type >= FirstNormalObjectId && type_is_range(type)) ||
+           (type >= FirstNormalObjectId && type_is_multirange(type));
+}
+
+bool find_unsafe_literal(Node *node, Oid *type) {
+    if (node == NULL) return false;
+    if (IsA(node, Const)) {
+        *type = ((Const *)node)->consttype;
+        return literal_runs_user_code(*type);
+    }
+    return walk_expression(node, find_unsafe_literal, type);
+}
+
+// We make the view as the extension's owner, a superuser, and literals are read while it is made. So the statement is
+// first analyzed as the caller, and what would run a user's code is refused.
+void require_safe_literals(const Request &request, SelectStmt *select, const char *sql) {
+    RawStmt *statement = makeNode(RawStmt);
+    statement->stmt = (Node *)copyObjectImpl(select);
+    const char *path = pstrdup(namespace_search_path);
+    Query *query = with_user(request.caller, SECURITY_RESTRICTED_OPERATION, [&] {
+        (void)set_config_option("search_path", path, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+        return analyze_sql(statement, sql);
+    });
+    require_plain_query(query);
+    Oid type = InvalidOid;
+    if (find_unsafe_literal((Node *)query->targetList, &type) || find_unsafe_literal(query->jointree->quals, &type))
+        ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+                        errmsg("mapping contains a literal of type %s", format_type_be(type)),
+                        errdetail("Reading it may run the check of a domain, at a time when it must not."),
+                        errhint("Build the value from literals of the types of PostgreSQL, as in ROW('a', 1)::%s.",
+                                format_type_be(type))));
+}
+
 // CREATE VIEW migrate.<view_name> AS SELECT <mapping> FROM <origin> WHERE <filter>
 Oid create_view(Request *request) {
     SelectStmt *select = makeNode(SelectStmt);
@@ -68,12 +130,14 @@ Oid create_view(Request *request) {
     select->fromClause = list_make1(
         makeRangeVar(get_namespace_name(get_rel_namespace(request->origin)), get_rel_name(request->origin), -1));
     if (request->filter) select->whereClause = parse_filter(request, request->filter);
+    const char *sql = psprintf("SELECT %s", request->mapping);
+    request->parsing = request->filter ? NULL : sql;
+    require_safe_literals(*request, select, sql);
+
     ViewStmt *view = makeNode(ViewStmt);
     view->view = makeRangeVar(pstrdup("migrate"), pstrdup(request->view_name), -1);
     view->query = (Node *)select;
     view->withCheckOption = NO_CHECK_OPTION;
-    const char *sql = psprintf("SELECT %s", request->mapping);
-    request->parsing = request->filter ? NULL : sql;
     const ObjectAddress made = DefineView(view, sql, 0, 0);
     // Not a member of the extension, for pg_dump leaves members out; but DROP EXTENSION takes it along.
     ObjectAddress extension;
@@ -102,9 +166,7 @@ void require_pure(Node *expr, Oid origin, Oid dest, const char *what) {
                         errhint("Its value must depend on the row alone, not on the time, the session or a setting. "
                                 "For example, write "
                                 "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.")));
-    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(dest));
-    Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
-    ReleaseSysCache(tuple);
+    Oid owner = owner_of(dest);
     if (find_forbidden_function(expr, &owner))
         ereport(ERROR,
                 (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -112,18 +174,6 @@ void require_pure(Node *expr, Oid origin, Oid dest, const char *what) {
                  errdetail("It is: %s", deparse_expression(expr, context, false, false)),
                  errhint("Dual writes run as the owner of \"%s\": GRANT EXECUTE ON FUNCTION … TO %s;",
                          get_rel_name(dest), quote_identifier(GetUserNameFromId(owner, false)))));
-}
-
-void require_plain_query(const Query *query) {
-    const char *what = query->hasSubLinks      ? "a subquery"
-                       : query->hasAggs        ? "an aggregate"
-                       : query->hasWindowFuncs ? "a window function"
-                       : query->hasTargetSRFs  ? "a set-returning function"
-                                               : NULL;
-    if (what == NULL) return;
-    ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("mapping contains %s", what),
-                    errhint("A target row is computed from one source row. Join or aggregate in a view of the "
-                            "application, or keep the value in a column.")));
 }
 
 // The origin column whose value a target value, as it is, maps back to; 0 where there is none.
@@ -314,6 +364,7 @@ Datum migrate_create_mapping_view(PG_FUNCTION_ARGS) {
                        PG_GETARG_OID(2),
                        text_to_cstring(PG_GETARG_TEXT_PP(3)),
                        PG_ARGISNULL(4) ? NULL : text_to_cstring(PG_GETARG_TEXT_PP(4)),
+                       PG_GETARG_OID(6),
                        NULL};
     TupleDesc desc;
     if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");

@@ -1,6 +1,6 @@
 -- define and add_flow: what is to become what. Nothing but the extension's own tables and views is written here.
 
-CREATE FUNCTION migrate._create_mapping_view(view_name text, origin regclass, dest regclass, mapping text, filter text, search_path text,
+CREATE FUNCTION migrate._create_mapping_view(view_name text, origin regclass, dest regclass, mapping text, filter text, search_path text, caller regrole,
     OUT view regclass, OUT columns int2[], OUT bare int2[], OUT inverse int2[], OUT constants text[], OUT reads int2[])
 LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_create_mapping_view';
 CREATE FUNCTION migrate._caller_search_path() RETURNS text
@@ -134,14 +134,14 @@ BEGIN
 END $$;
 
 -- Makes the mapping view of a flow in one direction and its row in _mapping. Gives back what the view maps bare and invertibly.
-CREATE FUNCTION migrate._make_mapping(flow integer, direction text, origin regclass, dest regclass, mapping text, filter text, fixed int2[], search_path text)
+CREATE FUNCTION migrate._make_mapping(flow integer, direction text, origin regclass, dest regclass, mapping text, filter text, fixed int2[], search_path text, caller regrole)
 RETURNS record LANGUAGE plpgsql AS $$
 DECLARE
     v record;
     k record;
     missing text;
 BEGIN
-    SELECT * INTO v FROM migrate._create_mapping_view(format('flow_%s_%s', flow, direction), origin, dest, mapping, filter, search_path);
+    SELECT * INTO v FROM migrate._create_mapping_view(format('flow_%s_%s', flow, direction), origin, dest, mapping, filter, search_path, caller);
     SELECT * INTO k FROM migrate._choose_key(origin, dest, v.columns, v.bare, v.constants, fixed);
     missing := (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a
                 WHERE a.attrelid = dest AND a.attnum > 0 AND NOT a.attisdropped AND a.attnotnull AND NOT a.atthasdef AND a.attidentity = '' AND NOT a.attnum = ANY (v.columns));
@@ -189,13 +189,13 @@ $$;
 
 -- Makes the reverse mapping. One that was derived, not given, may turn out impossible: then nothing is carried back, and the
 -- gap says why.
-CREATE FUNCTION migrate._make_reverse(f migrate._flow, mapping text, filter text, fixed int2[], search_path text) RETURNS text[]
+CREATE FUNCTION migrate._make_reverse(f migrate._flow, mapping text, filter text, fixed int2[], search_path text, caller regrole) RETURNS text[]
 LANGUAGE plpgsql AS $$
 BEGIN
     IF f.reverse IS NULL AND mapping IS NULL THEN
         RETURN ARRAY[format('nothing written to %s is carried back to %s: no column has an inverse', f.target, f.source)];
     END IF;
-    PERFORM migrate._make_mapping(f.id, 'reverse', f.target, f.source, mapping, filter, fixed, search_path);
+    PERFORM migrate._make_mapping(f.id, 'reverse', f.target, f.source, mapping, filter, fixed, search_path, caller);
     RETURN '{}';
 EXCEPTION WHEN OTHERS THEN
     IF f.reverse IS NOT NULL THEN
@@ -249,7 +249,7 @@ BEGIN
             PERFORM migrate._raise('42703', format('"%s" and "%s" have no column of the same name', source, target), '', 'Give the mapping: mapping => $$ id AS user_id, … $$');
         END IF;
     END IF;
-    v := migrate._make_mapping(f.id, 'forward', source, target, mapping, filter, '{}', path);
+    v := migrate._make_mapping(f.id, 'forward', source, target, mapping, filter, '{}', path, caller);
     SELECT * INTO fwd FROM migrate._mapping x WHERE x.flow = f.id AND x.direction = 'forward';
     f.not_carried := (SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') FROM pg_attribute a
                       WHERE a.attrelid = source AND a.attnum > 0 AND NOT a.attisdropped AND NOT a.attnum = ANY (fwd.reads) AND fwd.reads <> '{0}');
@@ -262,7 +262,7 @@ BEGIN
     IF filter IS NOT NULL THEN
         f.reverse_gaps := f.reverse_gaps || format('a row inserted into %s with the key of a row of %s that the filter leaves out is written over that row', target, source);
     END IF;
-    f.reverse_gaps := f.reverse_gaps || migrate._make_reverse(f, r.mapping, r.filter, r.fixed, path);
+    f.reverse_gaps := f.reverse_gaps || migrate._make_reverse(f, r.mapping, r.filter, r.fixed, path, caller);
     UPDATE migrate._flow x SET not_carried = f.not_carried, reverse_gaps = f.reverse_gaps,
         on_target_delete = coalesce(x.on_target_delete, migrate._default_on_target_delete(fwd, f.not_carried)) WHERE x.id = f.id;
     PERFORM migrate._drop_shared_reverse(m);

@@ -72,6 +72,21 @@ SELECT migrate.finalize('hostile', force => 'hostile');
 SELECT migrate.drop('hostile');
 SQL
 
+# The owner's own definition, which the extension's owner, a superuser, turns into a view: PostgreSQL reads the literals in it
+# while it does so, and reading one of a composite type, or of a range over a domain, runs a domain's check.
+$node->safe_psql('postgres', <<'SQL');
+SELECT migrate.allow('mallory');
+SET ROLE mallory;
+CREATE TYPE lair.pair AS (v lair.guarded);
+CREATE TYPE lair.span AS RANGE (subtype = lair.guarded);
+CREATE TABLE lair.t2 (id int PRIMARY KEY, v text);
+SQL
+for my $literal (q{('(x)'::lair.pair).v}, q{lower('[a,b)'::lair.span)}, q{('{(x)}'::lair.pair[])[1].v})
+{
+	my ($status, $out, $err) = $node->psql('postgres', "SET ROLE mallory; SELECT migrate.define('literal', 'lair.s', 'lair.t2', \$\$ id, $literal AS v \$\$)");
+	like($err, qr/mapping contains a literal of type/, "refused: $literal");
+}
+
 # The superuser's own UPDATE of lair.t above ran the owner's triggers as the superuser: PostgreSQL's rule, not ours.
 my $seen = $node->safe_psql('postgres', "SELECT string_agg(DISTINCT who || ' in ' || place, ', ') FROM lair.seen WHERE who <> 'mallory' AND NOT (who = 'postgres' AND place IN ('on_target', 'domain', 'index'))");
 is($seen, '', 'nobody but the owner ran the owner\'s code');
