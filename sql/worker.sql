@@ -84,6 +84,14 @@ SELECT id, name FROM users EXCEPT SELECT user_id, display_name FROM profiles;
 SELECT migrate.retry('worker_test');
 SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker_test' AND state = 'idle' AND workers IS NULL) $$);
 
+-- The worker has ended. A dual write that the target refuses brings one back, which tries again until there is nothing left.
+UPDATE users SET name = 'bad' WHERE id = 1;
+SELECT key, sqlstate, object, origin FROM migrate.failures WHERE migration = 'worker_test';
+SELECT reaches($$ EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test' AND attempts > 1) $$);
+UPDATE users SET name = 'good' WHERE id = 1;
+SELECT reaches($$ NOT EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test') $$);
+SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker_test' AND state = 'idle' AND workers IS NULL) $$);
+
 -- Pause and resume
 SELECT migrate.pause('worker_test');
 SELECT migrate.pause('worker_test');

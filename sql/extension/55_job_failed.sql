@@ -1,0 +1,123 @@
+-- After an error: whose fault it is, and what becomes of the job.
+
+-- Whose fault an error is, by its SQLSTATE:
+--   lock    somebody was in the way: try again with a smaller batch
+--   cancel  somebody cancelled it: try again later
+--   server  no disk, no memory, no connection: wait until it is better, however long
+--   object  the tables or the code are not what they were: a person must look
+--   row     everything else: the data, or code that the user gave, refused this row
+CREATE FUNCTION migrate._blame(sqlstate text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE WHEN sqlstate IN ('40001', '40P01', '55P03') THEN 'lock'
+                WHEN sqlstate = '57014' THEN 'cancel'
+                WHEN left(sqlstate, 2) IN ('53', '57', '58', '08') THEN 'server'
+                WHEN sqlstate = '42804' THEN 'row'
+                WHEN left(sqlstate, 2) IN ('42', 'XX', '0A', '25', '28', '3D', '3F', '55', 'F0') THEN 'object'
+                ELSE 'row' END
+$$;
+
+-- Decides what becomes of a job that raised an error, in a transaction of its own. Nothing done before is lost: the
+-- checkpoint stands where the last batch that was committed left it. tries: turns that failed in a row.
+CREATE FUNCTION migrate._job_failed(migration_id integer, worker integer, j migrate._job, sqlstate text, message text, object text,
+                                    tries integer, batch integer, OUT wait_ms integer, OUT next_batch integer)
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+    blame text := migrate._blame(sqlstate);
+BEGIN
+    SELECT * INTO m FROM migrate._migration x WHERE x.id = migration_id;
+    IF NOT FOUND THEN
+        wait_ms := 0;
+        RETURN;
+    END IF;
+    IF blame <> 'lock' OR tries > 5 THEN
+        PERFORM migrate._note_error(m.id, worker, format('%s: %s', sqlstate, message));
+    END IF;
+    CASE blame
+    WHEN 'lock' THEN
+        wait_ms := migrate._backoff_ms(tries, 50, 1000);
+        next_batch := CASE WHEN j.action = 'copy' THEN migrate._halved_batch(batch) END;
+    WHEN 'cancel' THEN
+        wait_ms := migrate._backoff_ms(tries, 1000, 60000);
+    WHEN 'server' THEN
+        wait_ms := migrate._backoff_ms(tries, 1000, 60000);
+        PERFORM migrate._note_throttle(m, format('could not write: %s (%s)', message, sqlstate));
+    ELSE
+        wait_ms := 0;
+        IF blame = 'row' AND j.action = 'copy' THEN
+            PERFORM migrate._isolate(m, j, sqlstate, object);
+        ELSE
+            PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate));
+        END IF;
+    END CASE;
+END $$;
+
+-- A row refuses a batch: halves it, down to the row, which goes to _failure and is passed. Its key is read from the source
+-- without the mapping, for it is the mapping that may fail.
+CREATE FUNCTION migrate._isolate(m migrate._migration, j migrate._job, sqlstate text, object text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    r migrate._range;
+    k record;
+    failed_key text[];
+    failed_keys bigint;
+    most bigint := migrate._opt(m.id, 'max_failures')::bigint;
+BEGIN
+    SELECT * INTO r FROM migrate._range x WHERE x.flow = j.flow AND x.ordinal = j.ordinal FOR UPDATE;
+    IF j.rows > 1 THEN
+        UPDATE migrate._range x SET row_limit = j.rows / 2 WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+        RETURN;
+    END IF;
+    SELECT * INTO k FROM migrate._source_key(j.flow);
+    SELECT x INTO failed_key FROM migrate._as(migrate._table_owner(k.source), format('SELECT %1$s FROM %2$s WHERE %3$s ORDER BY %1$s LIMIT 1',
+        array_to_string(k.names, ', '), k.source, CASE WHEN coalesce(r.checkpoint, r.low) IS NULL THEN '$1::text[] IS NULL' ELSE k.above END),
+        coalesce(r.checkpoint, r.low)::text) AS x;
+    IF failed_key IS NULL THEN
+        RETURN;  -- it is gone by now
+    END IF;
+    PERFORM migrate._record_failure(j.flow, failed_key, sqlstate, object);
+    UPDATE migrate._range x SET checkpoint = failed_key WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+    failed_keys := (SELECT count(DISTINCT (x.flow, x.key)) FROM migrate._failure x JOIN migrate._flow w ON w.id = x.flow WHERE w.migration = m.id);
+    IF failed_keys > most THEN
+        PERFORM migrate._fail(m, format('%s keys could not be copied > max_failures %s; the last with SQLSTATE %s%s', failed_keys, most, sqlstate,
+                                        coalesce(' by ' || object, '')));
+    END IF;
+END $$;
+
+-- Sets the failed flag; the phase stays, and retry() goes on from there.
+CREATE FUNCTION migrate._fail(m migrate._migration, reason text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE migrate._migration x SET failed_since = clock_timestamp(), failed_reason = reason, throttled_since = NULL, throttled_reason = NULL
+    WHERE x.id = m.id AND x.failed_since IS NULL;
+    IF FOUND THEN
+        PERFORM migrate._event(m, NULL, 'failed', reason);
+    END IF;
+END $$;
+
+CREATE FUNCTION migrate._fail_gap(m migrate._migration, flow text) RETURNS void
+LANGUAGE sql AS $$
+    SELECT migrate._fail(m, format('the dual writes of flow "%s" have a gap: a trigger was dropped or disabled, or a partition attached or detached. '
+                                   'SELECT migrate.retry(%L); arms them again', flow, m.name))
+$$;
+
+CREATE FUNCTION migrate._report(m_id integer, worker integer, rows_per_second double precision, batch integer) RETURNS void
+LANGUAGE sql AS $$
+    INSERT INTO migrate._pace AS p (migration, worker, rows_per_second) VALUES (m_id, worker, rows_per_second)
+    ON CONFLICT (migration, worker) DO UPDATE SET at = clock_timestamp(), rows_per_second = CASE
+        WHEN p.rows_per_second IS NULL OR p.at < clock_timestamp() - interval '10 s' THEN excluded.rows_per_second
+        ELSE 0.7 * p.rows_per_second + 0.3 * excluded.rows_per_second END;
+    UPDATE migrate._migration m SET batch_rows = batch WHERE m.id = m_id AND worker = 0 AND batch > 0 AND m.batch_rows <> batch
+$$;
+
+CREATE FUNCTION migrate._note(m_id integer, worker integer, note text) RETURNS void
+LANGUAGE sql AS $$
+    INSERT INTO migrate._pace AS p (migration, worker, note) VALUES (m_id, worker, note)
+    ON CONFLICT (migration, worker) DO UPDATE SET note = excluded.note WHERE p.note IS DISTINCT FROM excluded.note
+$$;
+
+CREATE FUNCTION migrate._note_error(m_id integer, worker integer, error text) RETURNS void
+LANGUAGE sql AS $$
+    INSERT INTO migrate._pace AS p (migration, worker, last_error, last_error_at) VALUES (m_id, worker, error, clock_timestamp())
+    ON CONFLICT (migration, worker) DO UPDATE SET last_error = excluded.last_error, last_error_at = excluded.last_error_at
+$$;
