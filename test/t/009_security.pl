@@ -88,7 +88,7 @@ for my $literal (q{('(x)'::lair.pair).v}, q{lower('[a,b)'::lair.span)}, q{('{(x)
 }
 
 # The superuser's own UPDATE of lair.t above ran the owner's triggers as the superuser: PostgreSQL's rule, not ours.
-my $seen = $node->safe_psql('postgres', "SELECT string_agg(DISTINCT who || ' in ' || place, ', ') FROM lair.seen WHERE who <> 'mallory' AND NOT (who = 'postgres' AND place IN ('on_target', 'domain', 'index'))");
+my $seen = $node->safe_psql('postgres', "SELECT string_agg(DISTINCT who || ' in ' || place, ', ') FROM lair.seen WHERE who <> 'mallory' AND NOT (who = current_user AND place IN ('on_target', 'domain', 'index'))");
 is($seen, '', 'nobody but the owner ran the owner\'s code');
 for my $place (qw(mapping operator filter reverse domain index default on_target))
 {
