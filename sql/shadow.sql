@@ -2,6 +2,7 @@
 -- as the worker calls them, in one snapshot each.
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
+SET jit = off;
 CREATE SCHEMA shadow;
 SET search_path = shadow;
 \pset tuples_only on

@@ -195,8 +195,9 @@ void flush_all() {
 
 // The worker that retries failures may have ended for want of work. It must not look before they are committed.
 void launch_retry() {
+    if (failed_migration == 0) return;
     const TimestampTz now = GetCurrentTimestamp();
-    if (failed_migration == 0 || !TimestampDifferenceExceeds(last_launch, now, kLaunchEveryMs)) return;
+    if (!TimestampDifferenceExceeds(last_launch, now, kLaunchEveryMs)) return;
     last_launch = now;
     (void)launch_migration_worker(failed_migration, 0);  // without a free slot the next failure, or verb, tries again
 }

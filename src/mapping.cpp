@@ -316,7 +316,6 @@ HeapTuple describe_view(Oid view_oid, const Request &request, TupleDesc desc) {
     Relation view = relation_open(view_oid, AccessShareLock);
     Relation dest = relation_open(request.dest, AccessShareLock);
     Query *query = (Query *)copyObjectImpl(get_view_query(view));
-    require_plain_query(query);
     // Until PostgreSQL 16 a view's query lists OLD and NEW first.
     const int origin_index = ((RangeTblRef *)linitial(query->jointree->fromlist))->rtindex;
     ChangeVarNodes((Node *)query->targetList, origin_index, 1, 0);

@@ -96,9 +96,9 @@ uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls) {
     return SPI_processed;
 }
 
-uint64 run_sql(const char *sql, int nargs, const Oid *types, const Datum *values, const char *nulls) {
+uint64 run_sql(const char *sql, int nargs, const Oid *types, const Datum *values, const char *nulls, bool read_only) {
     const int result =
-        SPI_execute_with_args(sql, nargs, const_cast<Oid *>(types), const_cast<Datum *>(values), nulls, false, 0);
+        SPI_execute_with_args(sql, nargs, const_cast<Oid *>(types), const_cast<Datum *>(values), nulls, read_only, 0);
     if (result < 0) elog(ERROR, "SPI_execute: %s", SPI_result_code_string(result));
     return SPI_processed;
 }

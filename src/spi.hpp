@@ -85,7 +85,8 @@ uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls);
 
 // One-shot forms, by the ordinary snapshot rules, for use inside with_spi. `run_sql` raises unless the statement
 // succeeds.
+// read_only: in the snapshot of the query that calls, as a STABLE function reads.
 uint64 run_sql(const char *sql, int nargs = 0, const Oid *types = nullptr, const Datum *values = nullptr,
-               const char *nulls = nullptr);
+               const char *nulls = nullptr, bool read_only = false);
 
 }  // namespace migrate

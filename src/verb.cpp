@@ -140,8 +140,7 @@ Datum migrate_as(PG_FUNCTION_ARGS) {
         with_spi([&] {
             // As a PL does: a function that is declared STABLE reads in the snapshot of the query that calls it.
             const bool read_only = func_volatile(fcinfo->flinfo->fn_oid) != PROVOLATILE_VOLATILE;
-            const int result = SPI_execute_with_args(query, nparams, types, values, nulls, read_only, 0);
-            if (result < 0) elog(ERROR, "SPI_execute: %s", SPI_result_code_string(result));
+            run_sql(query, nparams, types, values, nulls, read_only);
             if (SPI_tuptable == NULL) return;
             TupleDesc desc = SPI_tuptable->tupdesc;
             int dims[1] = {desc->natts}, lower[1] = {1};

@@ -10,6 +10,12 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_raise';
 CREATE FUNCTION migrate._table_owner(relation regclass) RETURNS regrole
 LANGUAGE sql STABLE AS $$ SELECT relowner::regrole FROM pg_catalog.pg_class WHERE oid = relation $$;
 
+-- A table, then its partitions of every depth. Row triggers are cloned to partitions by PostgreSQL; statement triggers are not.
+CREATE FUNCTION migrate._partition_tree(relation regclass) RETURNS SETOF regclass
+LANGUAGE sql STABLE COST 1000 ROWS 5 AS $$
+    SELECT relation UNION ALL SELECT relid FROM pg_partition_tree(relation) WHERE relid <> relation
+$$;
+
 -- The migration called `name`, locked against every other verb and against the worker's current batch until the transaction
 -- ends; raises unless `caller` is a member of its owner and still a member of the owners of all its tables.
 CREATE FUNCTION migrate._lock(caller regrole, name text) RETURNS migrate._migration

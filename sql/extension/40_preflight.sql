@@ -57,10 +57,6 @@ INSERT INTO migrate._check_definition (name, promise) VALUES
 
 CREATE TYPE migrate._check AS (name text, severity text, message text, hint text);
 
--- A relation and, where it is partitioned, all that is under it.
-CREATE FUNCTION migrate._tree(relation regclass) RETURNS SETOF regclass
-LANGUAGE sql STABLE COST 1000 ROWS 5 AS $$ SELECT relation UNION SELECT relid FROM pg_partition_tree(relation) $$;
-
 -- 'a, b' with every name quoted where it must be.
 CREATE FUNCTION migrate._column_list(relation regclass, attnums int2[]) RETURNS text
 LANGUAGE sql STABLE AS $$
@@ -136,7 +132,7 @@ LANGUAGE sql STABLE AS $$
         SELECT coalesce(sum(c.reltuples) FILTER (WHERE c.reltuples >= 0), 0)::numeric AS tuples,
                coalesce(bool_or(c.reltuples < 0 AND pg_relation_size(c.oid) > 0), false) AS unknown,
                coalesce(sum(pg_relation_size(c.oid)), 0)::numeric AS bytes, coalesce(sum(pg_total_relation_size(c.oid)), 0)::numeric AS total
-        FROM migrate._tree(f.source) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r'
+        FROM migrate._partition_tree(f.source) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r'
     ), width AS (
         SELECT a.attnum, coalesce((SELECT s.stawidth FROM pg_statistic s WHERE s.starelid = f.source AND s.staattnum = x.origin_attnum
                                    ORDER BY s.stainherit DESC LIMIT 1),
@@ -154,7 +150,7 @@ $$;
 
 CREATE FUNCTION migrate._preflight(caller regrole, name text)
 RETURNS TABLE (severity text, "check" text, message text, hint text)
-LANGUAGE plpgsql STABLE SET jit = off AS $$  -- many joins over small catalogs: compiling them takes a hundred times as long
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
     m migrate._migration := migrate._find(caller, name);
     found_rows migrate._check[];

@@ -184,7 +184,7 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 CREATE FUNCTION migrate._plan(caller regrole, name text) RETURNS text
-LANGUAGE plpgsql STABLE SET jit = off AS $$
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
     m migrate._migration := migrate._find(caller, name);
     options text;

@@ -56,7 +56,7 @@ LANGUAGE sql STABLE AS $$
     SELECT 'partitions', 'error', format('partition %s of %s %s is %s', l.relid, t.part, t.relation,
                CASE c.relkind WHEN 'f' THEN 'a foreign table' ELSE 'unlogged' END),
            CASE c.relkind WHEN 'f' THEN format('ALTER TABLE %s DETACH PARTITION %s;', t.relation, l.relid) ELSE format('ALTER TABLE %s SET LOGGED;', l.relid) END
-    FROM t CROSS JOIN LATERAL migrate._tree(t.relation) AS l(relid) JOIN pg_class c ON c.oid = l.relid
+    FROM t CROSS JOIN LATERAL migrate._partition_tree(t.relation) AS l(relid) JOIN pg_class c ON c.oid = l.relid
     WHERE l.relid <> t.relation AND (c.relkind = 'f' OR c.relpersistence <> 'p')
     UNION ALL
     SELECT 'partitions', 'info', format('%s %s is partitioned (partitions: %s); attaching, detaching or dropping one asks for a new validation', t.part, t.relation,
@@ -85,7 +85,7 @@ $$;
 CREATE FUNCTION migrate._check_replication(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     WITH target AS (SELECT DISTINCT f.target FROM migrate._flow f JOIN pg_class c ON c.oid = f.target WHERE f.migration = m.id),
-    leaf AS (SELECT t.target, l.relid FROM target t CROSS JOIN LATERAL migrate._tree(t.target) AS l(relid)),
+    leaf AS (SELECT t.target, l.relid FROM target t CROSS JOIN LATERAL migrate._partition_tree(t.target) AS l(relid)),
     published AS (
         SELECT c.oid AS relid, p.pubname, p.pubupdate OR p.pubdelete AS changes
         FROM pg_publication_tables pt JOIN pg_publication p ON p.pubname = pt.pubname

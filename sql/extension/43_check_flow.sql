@@ -161,7 +161,7 @@ LANGUAGE sql STABLE AS $$
                coalesce('constraint ' || quote_ident(c.conname), 'trigger ' || quote_ident(g.tgname)), coalesce(c.conrelid, g.tgrelid)::regclass, t.target),
            CASE c.contype WHEN 'f' THEN format('ALTER TABLE %s ALTER CONSTRAINT %I NOT DEFERRABLE;', c.conrelid::regclass, c.conname)
                           ELSE format('Create it again as NOT DEFERRABLE, or: ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname) END
-    FROM t CROSS JOIN LATERAL migrate._tree(t.target) AS l(relid) JOIN pg_trigger g ON g.tgrelid = l.relid AND g.tgdeferrable AND g.tginitdeferred AND g.tgenabled <> 'D'
+    FROM t CROSS JOIN LATERAL migrate._partition_tree(t.target) AS l(relid) JOIN pg_trigger g ON g.tgrelid = l.relid AND g.tgdeferrable AND g.tginitdeferred AND g.tgenabled <> 'D'
     LEFT JOIN pg_constraint c ON c.oid = g.tgconstraint
     UNION ALL
     SELECT 'foreign_key_actions', CASE WHEN own.is_source AND a.action = 'CASCADE' THEN 'info' WHEN NOT own.is_source AND twin.found THEN 'info' ELSE 'warning' END,

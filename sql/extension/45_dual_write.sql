@@ -4,12 +4,6 @@ CREATE FUNCTION migrate._dual_write_row() RETURNS trigger LANGUAGE C AS 'MODULE_
 CREATE FUNCTION migrate._dual_write_flush() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_flush';
 CREATE FUNCTION migrate._dual_write_truncate() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_truncate';
 
--- A table, then its partitions of every depth. Row triggers are cloned to partitions by PostgreSQL; statement triggers are not.
-CREATE FUNCTION migrate._partition_tree(relation regclass) RETURNS SETOF regclass
-LANGUAGE sql STABLE AS $$
-    SELECT relation UNION ALL SELECT relid FROM pg_partition_tree(relation) WHERE relid <> relation
-$$;
-
 -- Row triggers sort before RI_ConstraintTrigger_…, so that a foreign key from dest to origin finds dest's row gone already.
 -- ENABLE ALWAYS: a logical replication apply worker writes as session_replication_role = replica.
 CREATE FUNCTION migrate._create_triggers(m migrate._migration, direction text) RETURNS void

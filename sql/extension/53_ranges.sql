@@ -81,7 +81,7 @@ END $$;
 CREATE FUNCTION migrate._sample_share(relation regclass) RETURNS numeric
 LANGUAGE sql VOLATILE AS $$
     SELECT least(1, 1000 * current_setting('block_size')::numeric / greatest(sum(pg_relation_size(p.relid)), 1))
-    FROM (SELECT t.relid FROM pg_partition_tree(relation) t UNION SELECT relation) p
+    FROM migrate._partition_tree(relation) p(relid)
 $$;
 
 -- The share of the sampled rows that the mapping's filter lets through; 1 where that cannot be told.

@@ -123,7 +123,7 @@ DECLARE
 BEGIN
     SELECT sum(pg_relation_size(c.oid)) / block_size, (array_agg(c.oid ORDER BY random()) FILTER (WHERE pg_relation_size(c.oid) > 0))[1]
     INTO pages, leaf
-    FROM migrate._tree(relation) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r';
+    FROM migrate._partition_tree(relation) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r';
     IF leaf IS NULL OR wanted + wanted_recent <= 0 THEN
         RETURN;
     END IF;
@@ -302,7 +302,7 @@ CREATE FUNCTION migrate._shadow_rows(f migrate._flow, in_direction text) RETURNS
 LANGUAGE sql STABLE AS $$
     SELECT greatest((SELECT coalesce(sum(r.rows_done), 0) FROM migrate._range r WHERE r.flow = f.id),
                     (SELECT coalesce(sum(c.reltuples) FILTER (WHERE c.reltuples > 0), 0)
-                     FROM migrate._tree(CASE in_direction WHEN 'forward' THEN f.source ELSE f.target END) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r'), 1)::bigint
+                     FROM migrate._partition_tree(CASE in_direction WHEN 'forward' THEN f.source ELSE f.target END) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r'), 1)::bigint
 $$;
 
 -- Keys in _failure or _requeue differ by what is known already.
@@ -317,7 +317,7 @@ $$;
 -- One step, in a REPEATABLE READ transaction of its own: both sides of every comparison are read in one snapshot.
 -- 'more'; in phase shadowing also 'done' after shadow_time, or 'mismatch: …' as soon as too many keys differ.
 CREATE FUNCTION migrate._shadow_step(migration_id integer) RETURNS text
-LANGUAGE plpgsql SET jit = off AS $$
+LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
     f migrate._flow;
@@ -334,7 +334,7 @@ BEGIN
         -- Time is not enough where a worker had no time to read; but where there is nothing to read, it is. A pause does not count.
         all_done := all_done AND s.active_ms >= migrate._opt_ms(m.id, 'shadow_time')
             AND (s.picked >= least(s.planned, 1000) OR s.active_ms >= 2 * migrate._opt_ms(m.id, 'shadow_time') + 1000
-                 OR NOT EXISTS (SELECT FROM migrate._tree(f.source) t(relid) WHERE pg_relation_size(t.relid) > 0));
+                 OR NOT EXISTS (SELECT FROM migrate._partition_tree(f.source) t(relid) WHERE pg_relation_size(t.relid) > 0));
         IF m.phase = 'shadowing' AND s.mismatches > most * greatest(s.planned, s.reads) THEN
             UPDATE migrate._shadow x SET refused = true WHERE x.flow = s.flow AND x.direction = s.direction;
             verdict := coalesce(verdict || '; ', 'mismatch: ') || format('%s of %s keys differ in flow %s, rate %s > %s (max_shadow_mismatch_rate)',
@@ -363,7 +363,7 @@ BEGIN
         FROM migrate._flow f LEFT JOIN migrate._shadow s ON s.flow = f.id AND s.direction = 'forward' AND s.since >= migrate._shadow_begin(m)
         WHERE f.migration = m_id
           AND ((s.reads > 0 AND s.mismatches > most * s.reads)
-               OR (rate > 0 AND coalesce(s.earlier_reads + s.reads, 0) = 0 AND EXISTS (SELECT FROM migrate._tree(f.source) t(relid) WHERE pg_relation_size(t.relid) > 0))));
+               OR (rate > 0 AND coalesce(s.earlier_reads + s.reads, 0) = 0 AND EXISTS (SELECT FROM migrate._partition_tree(f.source) t(relid) WHERE pg_relation_size(t.relid) > 0))));
 END $$;
 
 CREATE FUNCTION migrate._shadow(caller regrole, name text, rate double precision) RETURNS text
