@@ -16,6 +16,11 @@ REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext
 PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-unused-parameter \
 	-Wno-missing-field-initializers -MMD -MP -isystem $(shell $(PG_CONFIG) --includedir-server)
 
+# For tests: a build without one safeguard of the protocol (see src/mutant.hpp).
+ifdef MIGRATE_MUTANT
+PG_CXXFLAGS += -DMIGRATE_MUTANT=$(MIGRATE_MUTANT)
+endif
+
 EXTRA_CLEAN = src/*.d src/*.bc $(EXTENSION)--$(EXTVERSION).sql
 
 PG_CONFIG ?= pg_config

@@ -3,6 +3,7 @@
 // commits and the application never waits for us longer than a batch; what was skipped is given back.
 #include "flow.hpp"
 #include "flow_sql.hpp"
+#include "mutant.hpp"
 
 MIGRATE_FUNCTION(migrate_apply_keys)
 MIGRATE_FUNCTION(migrate_apply_range)
@@ -94,7 +95,8 @@ char *copy_sql(const Mapping *m, const Range &range) {
         .relation(m->view)
         .add(" v WHERE ")
         .add(condition)
-        .add(" FOR SHARE OF v SKIP LOCKED), copied AS (");
+        .add(is_mutant(mutant::no_row_lock) ? "" : " FOR SHARE OF v SKIP LOCKED")
+        .add("), copied AS (");
     insert_from(sql, m, "locked", "true");
     sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
     view_key_text(sql, m, "v");
@@ -216,6 +218,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
             values[0] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &nulls[0]);
             values[1] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &nulls[1]);
             values[3] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 3, &nulls[3]);
+            if (is_mutant(mutant::no_requeue)) nulls[3] = true;
             MemoryContext old = MemoryContextSwitchTo(result);
             if (!nulls[3]) values[3] = datumCopy(values[3], false, -1);
             MemoryContextSwitchTo(old);

@@ -1,5 +1,6 @@
 // What a switch needs from the server's inside: waiting out old snapshots without holding a lock, and taking locks
 // without queueing in front of the application. The switch itself is SQL (73_cutover.sql).
+#include "mutant.hpp"
 #include "text.hpp"
 
 MIGRATE_FUNCTION(migrate_old_snapshots)
@@ -123,6 +124,7 @@ Datum migrate_old_snapshots(PG_FUNCTION_ARGS) {
     const TimestampTz start = GetCurrentTimestamp();
     const TransactionId limit = GetLatestSnapshot()->xmin;
     Holders waiting = list_holders(limit);
+    if (is_mutant(mutant::no_barrier)) waiting.n = 0;
     for (int round = 0; waiting.n > 0; round++) {
         keep_remaining(&waiting, limit, round % 20 == 2);
         if (waiting.n == 0) break;

@@ -6,6 +6,7 @@
 #include "dual_write.hpp"
 #include "background.hpp"
 #include "flow.hpp"
+#include "mutant.hpp"
 #include "text.hpp"
 #include "touched.hpp"
 
@@ -282,7 +283,7 @@ void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTa
 // A key that a row has lost. Where origin's key is deferrable another row may have it too, and be the one that stays.
 void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
     if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot);
-    if (entry->mapping->ambiguous) touch(entry, &Touched::upsert, relation, slot);
+    if (entry->mapping->ambiguous && !is_mutant(mutant::new_key_only)) touch(entry, &Touched::upsert, relation, slot);
 }
 
 void note_event(CacheEntry *entry, TriggerData *data) {

@@ -1,4 +1,5 @@
 #include "flow_sql.hpp"
+#include "mutant.hpp"
 
 namespace migrate {
 namespace {
@@ -185,7 +186,7 @@ char *view_key_in_params(const Mapping *m) {
 // feeds dest]
 void delete_missing(Sql &sql, const Mapping *m, const char *condition) {
     sql.add("DELETE FROM ").relation(m->dest).add(" d WHERE ").add(condition);
-    for (int i = -1; i < m->nshared; i++) {
+    for (int i = is_mutant(mutant::event_not_state) ? m->nshared : -1; i < m->nshared; i++) {
         const Oid view = i < 0 ? m->view : m->shared[i];
         view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(view).add(" v WHERE "), m, i);
         sql.add(")");

@@ -1,4 +1,5 @@
 #include "spi.hpp"
+#include "mutant.hpp"
 
 namespace migrate {
 
@@ -87,7 +88,7 @@ Oid extension_owner() {
 
 uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls) {
     Snapshot snapshot = InvalidSnapshot;
-    if (IsolationUsesXactSnapshot()) {
+    if (IsolationUsesXactSnapshot() && !is_mutant(mutant::no_latest_snapshot)) {
         CommandCounterIncrement();  // let the latest snapshot see our own work
         snapshot = GetLatestSnapshot();
     }

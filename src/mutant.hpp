@@ -1,0 +1,29 @@
+// Builds for tests in which one safeguard of the protocol is removed: `make MIGRATE_MUTANT=no_row_lock`. The suite must
+// fail on each of them, which shows that it would notice if the safeguard were lost (`test/run --long` builds them
+// all). Nowhere else does the code know of mutants; in a normal build every condition below is a constant false.
+#pragma once
+
+namespace migrate {
+namespace mutant {
+
+enum Name {
+    none,
+    no_row_lock,         // the backfill's batch copies without locking the source rows it read
+    no_requeue,          // keys that a batch skipped, because they were locked, are forgotten
+    no_latest_snapshot,  // dual writes see the target as the application's transaction does, old snapshots included
+    no_barrier,          // a switch does not wait for transactions with a snapshot from before
+    event_not_state,     // a key that an event took away is deleted without a look whether it is back
+    new_key_only,        // a key that a row has lost is not looked at again, though another row may have it
+};
+
+}  // namespace mutant
+
+#ifndef MIGRATE_MUTANT
+#define MIGRATE_MUTANT none
+#endif
+
+constexpr bool is_mutant(mutant::Name name) {
+    return name == mutant::MIGRATE_MUTANT;
+}
+
+}  // namespace migrate
