@@ -3,7 +3,8 @@
 EXTENSION = migrate_ext
 EXTVERSION = 0.1.0
 MODULE_big = migrate_ext
-OBJS = $(patsubst %.cpp,%.o,$(sort $(wildcard src/*.cpp)))
+SOURCES = $(sort $(wildcard src/*.cpp))
+OBJS = $(patsubst %.cpp,%.o,$(SOURCES))
 
 # The extension script is kept in parts by theme; make joins them in the order of their numbers.
 SCRIPT_PARTS = $(sort $(wildcard sql/extension/*.sql))
@@ -21,6 +22,16 @@ ifdef MIGRATE_MUTANT
 PG_CXXFLAGS += -DMIGRATE_MUTANT=$(MIGRATE_MUTANT)
 endif
 
+# A test build (make MIGRATE_TEST=1) has debug points, see src/debug_point.hpp; any other has no trace of them.
+ifdef MIGRATE_TEST
+PG_CXXFLAGS += -DMIGRATE_TEST
+SCRIPT_PARTS += test/lib/debug_point.sql
+POINTS = s/^\( *\)-- @point \(.*\)/\1PERFORM migrate._debug_point('\2');/
+else
+SOURCES := $(filter-out src/debug_point.cpp,$(SOURCES))
+POINTS = /^ *-- @point /d
+endif
+
 EXTRA_CLEAN = src/*.d src/*.bc $(EXTENSION)--$(EXTVERSION).sql
 
 PG_CONFIG ?= pg_config
@@ -33,4 +44,4 @@ override BITCODE_CXXFLAGS += $(filter-out -MMD -MP,$(PG_CXXFLAGS))
 -include $(OBJS:.o=.d)
 
 $(EXTENSION)--$(EXTVERSION).sql: $(SCRIPT_PARTS)
-	cat $(SCRIPT_PARTS) > $@
+	sed "$(POINTS)" $(SCRIPT_PARTS) > $@

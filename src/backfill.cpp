@@ -1,6 +1,7 @@
 // The primitive under row locks, for callers that do not hold them already: the backfill (a key range), retries and
 // repair (keys). Protocol P1: source rows are locked FOR SHARE SKIP LOCKED, so nobody changes them until the batch
 // commits and the application never waits for us longer than a batch; what was skipped is given back.
+#include "debug_point.hpp"
 #include "flow.hpp"
 #include "flow_sql.hpp"
 #include "mutant.hpp"
@@ -175,8 +176,11 @@ bool apply_locked(Mapping *m, Datum keys) {
     KeyArrays arrays = typed_arrays(m, keys);
     if (arrays == NULL) return true;
     if (!lock_keys(m, arrays)) return false;
+    DEBUG_POINT("keys: rows locked");
     if (m->carry_delete) remove_keys(m, arrays);
+    DEBUG_POINT("keys: deletes done");
     upsert_keys(m, arrays);
+    DEBUG_POINT("keys: upserts done");
     return true;
 }
 
@@ -214,6 +218,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
             pin_output_settings();
             nulls[2] = !narrow_to(m, &range, max_rows, result);
             values[2] = range.bounds[1];
+            DEBUG_POINT("batch: bound known");
             run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);
             values[0] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &nulls[0]);
             values[1] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &nulls[1]);
@@ -222,6 +227,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
             MemoryContext old = MemoryContextSwitchTo(result);
             if (!nulls[3]) values[3] = datumCopy(values[3], false, -1);
             MemoryContextSwitchTo(old);
+            DEBUG_POINT("batch: rows written");
         });
         free_mapping(m);
     });

@@ -5,6 +5,7 @@
 // before the commit.
 #include "dual_write.hpp"
 #include "background.hpp"
+#include "debug_point.hpp"
 #include "flow.hpp"
 #include "mutant.hpp"
 #include "text.hpp"
@@ -99,6 +100,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     char nulls[6] = "     ";
     if (object == NULL) nulls[4] = 'n';
     failed_migration = m->migration;
+    DEBUG_POINT("dual write: failure to be recorded");
     with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
         pin_output_settings();
         for (int i = from; i < to; i++) {
@@ -111,6 +113,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
                 5, types, values, nulls);
         }
     });
+    DEBUG_POINT("dual write: failure recorded");
 }
 
 enum class Write { kUpsert, kRemove };
@@ -137,7 +140,10 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
         return;
     }
     subtransactions++;
-    auto step = [&] { apply_plainly(m, write, list, from, to); };
+    auto step = [&] {
+        apply_plainly(m, write, list, from, to);
+        DEBUG_POINT("dual write: keys applied below a savepoint");
+    };
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error == NULL) return;
     if (must_pass_on(error)) ReThrowError(error);
@@ -172,7 +178,9 @@ void flush(CacheEntry *entry) {
     Mapping *m = entry->mapping;
     with_spi([&] {
         apply_list(m, Write::kRemove, touched.remove);
+        DEBUG_POINT("dual write: deletes done");
         apply_list(m, Write::kUpsert, touched.upsert);
+        DEBUG_POINT("dual write: upserts done");
     });
     if (final) MemoryContextDelete(touched.context);
 }
@@ -207,6 +215,7 @@ void launch_retry() {
 void at_transaction_end(XactEvent event, void *) {
     if (event == XACT_EVENT_PRE_COMMIT || event == XACT_EVENT_PRE_PREPARE) {
         flush_all();
+        DEBUG_POINT("transaction: before commit");
         return;
     }
     if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
@@ -309,6 +318,7 @@ void note_event(CacheEntry *entry, TriggerData *data) {
         touch(entry, &Touched::upsert, relation, after);
         at_once = at_once || (moved && m->insert_at_once);
     }
+    DEBUG_POINT("dual write: keys noted");
     if (at_once || entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt) flush(entry);
 }
 
@@ -347,7 +357,10 @@ Datum migrate_dual_write_flush(PG_FUNCTION_ARGS) {
 Datum migrate_dual_write_truncate(PG_FUNCTION_ARGS) {
     CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
     if (entry && entry->mapping->carry_delete && !is_applying(entry->mapping->migration))
-        with_spi([&] { remove_all_missing(entry->mapping); });
+        with_spi([&] {
+            remove_all_missing(entry->mapping);
+            DEBUG_POINT("dual write: truncate carried");
+        });
     return PointerGetDatum(NULL);
 }
 

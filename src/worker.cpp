@@ -2,6 +2,7 @@
 // done in SQL (51_step.sql): _pick gives a job, _run does it, and after an error, in a transaction of its own,
 // _job_failed decides what becomes of it. All state is in tables; a worker that dies loses at most its current batch.
 #include "worker.hpp"
+#include "debug_point.hpp"
 #include "pace.hpp"
 #include "spi.hpp"
 
@@ -126,6 +127,7 @@ void run_job(Worker *w) {
     const int next = (int)integer_field(3);
     if (next > 0) w->batch = next;
     w->idle = text_field(4, w->turn_context)[0] == 't' ? w->idle + 1 : 0;
+    DEBUG_POINT("worker: job done");
     report(w);
 }
 
@@ -180,6 +182,7 @@ void handle_failure(Worker *w, const ErrorData *error) {
                 "AS f",
                 8, types, values, nulls);
             w->job.wait_ms = integer_field(1);
+            DEBUG_POINT("worker: failure handled");
             if (integer_field(2) > 0) w->batch = (int)integer_field(2);
         });
     };
@@ -201,6 +204,7 @@ bool take_turn(Worker *w) {
         }
         as_owner([w] {
             pick_job(w);
+            DEBUG_POINT("worker: job picked");
             if (!w->job.exit && !w->job.wait && !w->job.own_snapshot) run_job(w);
         });
     };
@@ -217,6 +221,7 @@ bool take_turn(Worker *w) {
         handle_failure(w, error);
     else if (!w->job.wait)
         w->tries = 0;
+    DEBUG_POINT("worker: turn taken");
     w->first = false;
     w->turn++;
     pgstat_report_stat(false);
@@ -281,10 +286,13 @@ void migrate_worker_main(Datum) {
     w.start = worker_start();
     w.first = true;
     connect_worker(w.start);
+    DEBUG_POINT("worker: connected");
     w.turn_context = AllocSetContextCreate(TopMemoryContext, "migrate_ext turn", ALLOCSET_DEFAULT_SIZES);
     MemoryContextSwitchTo(w.turn_context);
     if (!claim(&w)) proc_exit(0);
+    DEBUG_POINT("worker: claimed");
     wait_for_verb(&w);
+    DEBUG_POINT("worker: verb seen");
     while (take_turn(&w) && !leader_is_gone(w)) {
         pgstat_report_activity(STATE_IDLE, NULL);
         CHECK_FOR_INTERRUPTS();

@@ -24,6 +24,7 @@ BEGIN
                         CASE kind WHEN 'row' THEN 'ROW' ELSE 'STATEMENT' END, kind, x.flow, direction);
                 END IF;
                 EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', r, t);
+                -- @point triggers: one armed
             END LOOP;
         END LOOP;
     END LOOP;
@@ -39,6 +40,7 @@ BEGIN
              JOIN migrate._flow f ON f.id = p.flow
              WHERE f.migration = m.id AND p.direction = _drop_triggers.direction AND g.tgparentid = 0 AND NOT g.tgisinternal LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', t.tgname, t.relation);
+        -- @point triggers: one dropped
     END LOOP;
 END $$;
 
@@ -71,8 +73,11 @@ DECLARE
     m migrate._migration;
 BEGIN
     SELECT * INTO m FROM migrate._migration WHERE id = m_id;
+    -- @point start: locks taken
     PERFORM migrate._create_triggers(m, 'forward');
+    -- @point start: triggers created
     PERFORM migrate._note_fingerprints(m);
+    -- @point start: fingerprints noted
     RETURN 'armed';
 END $$;
 
@@ -95,6 +100,8 @@ BEGIN
         format('SELECT migrate._arm(%s)', m.id), clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
     UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;
     m := migrate._move(m, caller, 'dual_writing', 'start');
+    -- @point start: phase moved
     PERFORM migrate._launch(m);
+    -- @point start: worker launched
     RETURN 'planned -> dual_writing';
 END $$;

@@ -115,6 +115,7 @@ BEGIN
            throttled_since = NULL, throttled_reason = NULL
     WHERE x.id = m.id;
     PERFORM migrate._event(m, caller, 'paused', format('paused by %s', caller));
+    -- @point pause: flag set
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;
 
@@ -138,7 +139,9 @@ BEGIN
     END IF;
     UPDATE migrate._migration x SET paused_since = NULL, paused_reason = NULL WHERE x.id = m.id;
     PERFORM migrate._event(m, caller, 'resumed', m.paused_reason);
+    -- @point resume: flag cleared
     PERFORM migrate._launch(m);
+    -- @point resume: worker launched
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;
 
@@ -176,15 +179,18 @@ BEGIN
     END IF;
     -- Views before tables, the order in which applications lock them.
     PERFORM migrate._restore_views(m, caller);
+    -- @point cancel: views restored
     IF m.phase <> 'planned' THEN
         PERFORM migrate._under_trigger_locks(m, caller, 'be cancelled', 'ACCESS EXCLUSIVE', format('SELECT migrate._drop_all_triggers(%s)', m.id));
     END IF;
+    -- @point cancel: triggers dropped
     UPDATE migrate._migration x SET paused_since = NULL, paused_reason = NULL, failed_since = NULL, failed_reason = NULL,
            throttled_since = NULL, throttled_reason = NULL, both_directions = false
     WHERE x.id = m.id RETURNING * INTO m;
     DELETE FROM migrate._requeue q USING migrate._flow f WHERE f.id = q.flow AND f.migration = m.id;
     DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     PERFORM migrate._move(m, caller, 'cancelled', format('cancelled by %s', caller));
+    -- @point cancel: phase moved
     RAISE NOTICE 'migration "%" is cancelled: no dual write is left on its tables', m.name
         USING HINT = format('Rows copied so far stay in %s. SELECT migrate.drop(%L); forgets the migration and removes its views.',
                             (SELECT string_agg(DISTINCT f.target::text, ', ') FROM migrate._flow f WHERE f.migration = m.id), m.name);
@@ -219,7 +225,9 @@ BEGIN
     PERFORM migrate._event(m, caller, 'retried', format('%s failures are due again%s', due, CASE WHEN gap THEN ', dual writes armed again' ELSE '' END));
     IF gap THEN
         PERFORM migrate._rearm(m, caller);
+        -- @point rearm: triggers created
     END IF;
+    -- @point retry verb: flag cleared
     PERFORM migrate._launch(m);
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;

@@ -31,8 +31,10 @@ BEGIN
     END LOOP;
     INSERT INTO migrate._pace (migration, worker, rows_estimated) VALUES (m.id, 0, estimated)
     ON CONFLICT (migration, worker) DO UPDATE SET rows_estimated = excluded.rows_estimated;
+    -- @point ranges: ledger written
     PERFORM migrate._move(m, NULL, 'backfilling', format('%s, about %s rows',
         (SELECT count(*) || CASE count(*) WHEN 1 THEN ' range' ELSE ' ranges' END FROM migrate._range r JOIN migrate._flow x ON x.id = r.flow WHERE x.migration = m.id), estimated));
+    -- @point ranges: phase moved
 END $$;
 
 -- Returns the estimated number of rows.

@@ -21,11 +21,13 @@ BEGIN
     SELECT * INTO r FROM migrate._range x WHERE x.flow = j.flow AND x.ordinal = j.ordinal;
     SELECT * INTO done FROM migrate._apply_range(f.id, coalesce(r.checkpoint, r.low), r.high, j.rows);
     PERFORM migrate._requeue_keys(f.id, done.skipped);
+    -- @point batch: skipped keys queued
     -- After a failure sizes grow back until they are ordinary again.
     UPDATE migrate._range x
     SET checkpoint = coalesce(done.reached, x.checkpoint), done = done.reached IS NULL, rows_done = x.rows_done + done.rows_done,
         row_limit = CASE WHEN x.row_limit * 2 < ordinary THEN x.row_limit * 2 END
     WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+    -- @point batch: checkpoint written
     busy_ms := extract(epoch FROM clock_timestamp() - began) * 1000;
     rows := done.rows_done;
     wait_ms := migrate._sleep_ms(busy_ms, migrate._opt(m.id, 'throttle_ratio')::double precision, rows,
@@ -69,8 +71,11 @@ BEGIN
         places := places[1:32];
         locked := migrate._apply_each(flow, keys);
     END;
+    -- @point requeue: keys applied
     DELETE FROM migrate._requeue q WHERE q.ctid = ANY (places);
+    -- @point requeue: keys taken off
     PERFORM migrate._requeue_keys(flow, locked);
+    -- @point requeue: locked keys back in
     rest := coalesce(array_length(locked, 1), 0);
     PERFORM migrate._note(m.id, 0, CASE WHEN rest > 0 THEN format('waiting for %s locked rows%s',
         (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow), coalesce(', locked by ' || migrate._lockers(flow, locked), '')) END);
@@ -96,6 +101,7 @@ BEGIN
             END IF;
             GET STACKED DIAGNOSTICS refused_by = CONSTRAINT_NAME;
             PERFORM migrate._record_failure(flow, one, SQLSTATE, refused_by);
+            -- @point requeue: refused key recorded
         END;
     END LOOP;
     RETURN locked;
@@ -161,6 +167,7 @@ BEGIN
         BEGIN
             IF migrate._apply_keys(j.flow, j.direction, ARRAY[x.key]) IS NULL THEN
                 DELETE FROM migrate._failure d WHERE d.id = ANY (x.ids);
+                -- @point retry: records deleted
             ELSE
                 UPDATE migrate._failure d SET retry_at = clock_timestamp() + interval '200 ms' WHERE d.id = ANY (x.ids);
             END IF;
@@ -177,6 +184,7 @@ BEGIN
                 object = CASE blame WHEN 'row' THEN nullif(refused_by, '') ELSE d.object END,
                 retry_at = clock_timestamp() + migrate._backoff_ms(x.attempts, 1000, 300000) * interval '1 ms'
             WHERE d.id = ANY (x.ids);
+            -- @point retry: refusal noted
         END;
     END LOOP;
     RETURN 0;
@@ -203,8 +211,10 @@ BEGIN
     UPDATE migrate._migration x SET backfilled_at = clock_timestamp(), throttled_since = NULL, throttled_reason = NULL WHERE x.id = m.id
     RETURNING * INTO m;
     UPDATE migrate._pace p SET note = NULL, rows_per_second = NULL WHERE p.migration = m.id;
+    -- @point backfill: figures written
     PERFORM migrate._move(m, NULL, 'validating', format('%s rows copied, %s keys in failures',
         (SELECT sum(r.rows_done) FROM migrate._range r JOIN migrate._flow x ON x.id = r.flow WHERE x.migration = m.id), failures));
+    -- @point backfill: phase moved
 END $$;
 
 -- One step of validation. A mismatch stops here: nothing is repaired unasked.
@@ -222,6 +232,7 @@ BEGIN
     verdict := migrate._validate_step(m.id);
     IF verdict = 'equal' THEN
         m := migrate._move(m, NULL, 'shadowing', 'both sides are equal');
+        -- @point validate: phase moved
         IF migrate._opt(m.id, 'shadow_rate')::numeric = 0 OR migrate._opt_ms(m.id, 'shadow_time') = 0 THEN
             PERFORM migrate._move(m, NULL, 'ready', 'no shadow reads: shadow_rate or shadow_time is 0');
         END IF;
@@ -238,6 +249,7 @@ DECLARE
 BEGIN
     IF m.phase = 'shadowing' AND verdict = 'done' THEN
         PERFORM migrate._move(m, NULL, 'ready', 'shadow reads agree');
+        -- @point shadow: phase moved
     ELSIF m.phase = 'shadowing' AND verdict <> 'more' THEN
         PERFORM migrate._fail(m, verdict);
     END IF;

@@ -66,6 +66,7 @@ BEGIN
     SELECT * INTO r FROM migrate._range x WHERE x.flow = j.flow AND x.ordinal = j.ordinal FOR UPDATE;
     IF j.rows > 1 THEN
         UPDATE migrate._range x SET row_limit = j.rows / 2 WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+        -- @point isolate: batch halved
         RETURN;
     END IF;
     SELECT * INTO k FROM migrate._source_key(j.flow);
@@ -76,7 +77,9 @@ BEGIN
         RETURN;  -- it is gone by now
     END IF;
     PERFORM migrate._record_failure(j.flow, failed_key, sqlstate, object);
+    -- @point isolate: row recorded
     UPDATE migrate._range x SET checkpoint = failed_key WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+    -- @point isolate: checkpoint behind it
     failed_keys := (SELECT count(DISTINCT (x.flow, x.key)) FROM migrate._failure x JOIN migrate._flow w ON w.id = x.flow WHERE w.migration = m.id);
     IF failed_keys > most THEN
         PERFORM migrate._fail(m, format('%s keys could not be copied > max_failures %s; the last with SQLSTATE %s%s', failed_keys, most, sqlstate,

@@ -160,7 +160,9 @@ DECLARE
 BEGIN
     SELECT * INTO last FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow ORDER BY ordinal DESC LIMIT 1;
     high := migrate._next_bound(c, last.high, range_rows);
+    -- @point validate: range begun
     PERFORM migrate._validate_range(m, c, run_id, method, last.high, high);
+    -- @point validate: range compared
     IF high IS NULL THEN
         -- A comparison with a bound is never true of NULL: rows without a key lie in no range that has one.
         IF c.nullable AND (SELECT count(*) > 1 FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow) THEN
@@ -172,7 +174,9 @@ BEGIN
                 target_rows = r.target_rows + CASE c.direction WHEN 'forward' THEN 0 ELSE n END
             FROM (SELECT count(*) AS n FROM unkeyed) u WHERE r.run = run_id AND r.flow = c.flow AND r.high IS NULL;
         END IF;
+        -- @point validate: before the verdict
         PERFORM migrate._validation_end(c, run_id);
+        -- @point validate: verdict given
     END IF;
     UPDATE migrate._validation SET seconds = seconds + extract(epoch FROM clock_timestamp() - began) WHERE run = run_id AND flow = c.flow;
     RETURN high IS NULL;

@@ -118,7 +118,9 @@ BEGIN
             RETURN NEXT format('%s: key %s is not mended: its row is locked by another transaction; call repair again', c.label, migrate._key_text(one));
         END LOOP;
     END IF;
+    -- @point repair: keys applied
     PERFORM migrate._verify_keys(m, c, run_id, flow_id, keys);
+    -- @point repair: keys verified
 END $$;
 
 -- Compares these keys (2-D) anew: what still differs stays on record as it is now, what is equal is struck off.

@@ -272,6 +272,7 @@ BEGIN
             s.picked := s.picked + 1;
             CONTINUE WHEN migrate._shadow_is_known(f, in_direction, picked.key);
             result := migrate._shadow_read(q, picked.key);
+            -- @point shadow: key read
             s.reads := s.reads + 1;
             s.recent_reads := s.recent_reads + picked.recent::integer;
             s.source_ms := s.source_ms + coalesce(result.source_ms, 0);
@@ -291,6 +292,7 @@ BEGIN
         reads = s.reads, recent_reads = s.recent_reads, mismatches = s.mismatches, source_ms = s.source_ms, source_max_ms = s.source_max_ms,
         target_ms = s.target_ms, target_max_ms = s.target_max_ms
     WHERE x.flow = s.flow AND x.direction = s.direction;
+    -- @point shadow: figures written
     IF m.phase <> 'shadowing' AND was_good AND s.mismatches > most * s.reads THEN
         PERFORM migrate._event(m, NULL, 'shadow', format('%s of %s keys differ in flow %s', s.mismatches, s.reads, f.name));
     END IF;

@@ -103,7 +103,9 @@ DECLARE
     v migrate._view;
     s record;
 BEGIN
+    -- @point switch: locks taken
     PERFORM migrate._require_gates(m, caller, side, true, skipped);
+    -- @point switch: gates checked again
     IF side = 'target' AND NOT m.both_directions THEN
         UPDATE migrate._migration x SET both_directions = true WHERE x.id = m_id RETURNING * INTO m;
         PERFORM migrate._create_triggers(m, 'reverse');
@@ -111,9 +113,11 @@ BEGIN
         did := did || (SELECT coalesce('dual writes from ' || string_agg(DISTINCT p.origin::text, ', ') || ' back to ' || string_agg(DISTINCT p.dest::text, ', '),
                                        'no dual writes back: there is no reverse mapping')
                        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND p.direction = 'reverse');
+        -- @point switch: reverse triggers created
     END IF;
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
         PERFORM migrate._replace_view(v, side);
+        -- @point switch: one view replaced
         did := did || (SELECT format('view %s reads %s', v.view, CASE side WHEN 'target' THEN f.target ELSE f.source END) FROM migrate._flow f WHERE f.id = v.flow);
     END LOOP;
     FOR s IN SELECT * FROM migrate._sequence_targets(m_id, floors) t WHERE t.goal IS NOT NULL LOOP
@@ -122,9 +126,11 @@ BEGIN
         END IF;
         did := did || format('sequence %s is set to %s', s.sequence, s.goal);
     END LOOP;
+    -- @point switch: sequences advanced
     PERFORM migrate._commit_synchronously();
     m := migrate._move(m, caller, CASE side WHEN 'target' THEN 'cut_over' ELSE 'ready' END,
                        CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END);
+    -- @point switch: phase moved
     UPDATE migrate._migration x SET cut_over_at = CASE side WHEN 'target' THEN clock_timestamp() END WHERE x.id = m_id;
     RETURN array_to_string(did || format('the %s serves', side), E'\n');
 END $$;
@@ -195,10 +201,12 @@ BEGIN
 
     deadline := clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms';
     PERFORM migrate._require_gates(m, caller, CASE WHEN rehearsal THEN 'target' ELSE side END, false, skipped);
+    -- @point switch: gates checked
     SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') INTO floors FROM migrate._sequence_targets(m.id) t;
     IF 'snapshots' <> ALL (skipped) THEN
         PERFORM migrate._wait_for_snapshots(m, caller, goal, deadline);
     END IF;
+    -- @point switch: old snapshots gone
     SELECT * INTO locks FROM migrate._switch_locks(m.id);
     SELECT * INTO done FROM migrate._under_locks(m, caller, goal, locks.relations, locks.modes,
         CASE WHEN rehearsal THEN format('SELECT migrate._switch_there_and_back(%s, %L, %L, %L)', m.id, caller, skipped, floors)
@@ -210,6 +218,7 @@ BEGIN
     PERFORM migrate._event(m, caller, verb, format('attempts: %s; waited for locks: %s ms; last blockers: %s; gates skipped: %s; %s', done.attempts, done.lock_ms,
         coalesce(array_to_string(nullif(done.blockers, '{}'), ', '), 'none'), coalesce(array_to_string(nullif(skipped, '{}'), ', '), 'none'),
         replace(done.result, E'\n', '; ')));
+    -- @point switch: event written
     RETURN format('%s -> %s', m.phase, ends_in);
 END $$;
 

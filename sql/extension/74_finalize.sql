@@ -115,27 +115,34 @@ DECLARE
     r record;
 BEGIN
     IF m.phase <> 'finalized' THEN
+        -- @point finalize: locks taken
         PERFORM migrate._drop_triggers(m, 'forward');
         PERFORM migrate._drop_triggers(m, 'reverse');
+        -- @point finalize: triggers dropped
         PERFORM migrate._drop_mapping_views(m_id);
+        -- @point finalize: mapping views dropped
         DELETE FROM migrate._requeue q USING migrate._flow f WHERE f.id = q.flow AND f.migration = m_id;
         DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m_id;
         UPDATE migrate._migration x SET both_directions = false, throttled_since = NULL, throttled_reason = NULL WHERE x.id = m_id RETURNING * INTO m;
         m := migrate._move(m, caller, 'finalized', 'finalize');
+        -- @point finalize: phase moved
         did := did || 'dual writes and mapping views are removed'::text;
     END IF;
     FOR r IN SELECT * FROM jsonb_to_recordset(columns) AS c(relation oid, column_name text) LOOP
         did := did || (format('column %I of %s is dropped', r.column_name, r.relation::regclass) || migrate._goes_along(r.relation, r.column_name));
         PERFORM migrate._drop_restricted(format('ALTER TABLE %s DROP COLUMN %I', migrate._relation_name(r.relation), r.column_name),
                                          format('column "%s" of %s', r.column_name, r.relation::regclass), r.relation);
+        -- @point finalize: column dropped
     END LOOP;
     FOR r IN SELECT DISTINCT f.source AS relation, f.source::text AS name FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
              WHERE f.migration = m_id AND drop_source LOOP
         PERFORM migrate._keep_sequences(r.relation);
         PERFORM migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.name, r.relation);
         did := did || format('table %s is dropped', r.name);
+        -- @point finalize: source dropped
     END LOOP;
     PERFORM migrate._event(m, caller, 'finalize', array_to_string(did, '; '));
+    -- @point finalize: event written
     RETURN array_to_string(did, '; ');
 END $$;
 
@@ -208,10 +215,13 @@ BEGIN
     END IF;
     IF m.phase <> 'finalized' THEN
         left_over := migrate._restore_views(m, caller);
+        -- @point drop: views restored
     END IF;
     PERFORM migrate._drop_mapping_views(m.id);
+    -- @point drop: mapping views dropped
     DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     PERFORM migrate._event(m, caller, 'drop', left_over);
     DELETE FROM migrate._migration x WHERE x.id = m.id;
+    -- @point drop: migration deleted
     RETURN format('%s -> dropped', m.phase) || coalesce(', ' || left_over, '');
 END $$;

@@ -176,6 +176,30 @@ build() {
         as_user make -C "$TREE" PG_CONFIG="$PG_CONFIG" "${1:-with_llvm=no}" install >>"$T/log/build.log" 2>&1
 }
 
+# The pg_config of build_variant's NAME.
+variant_pg_config() { echo "$T/pg_$1${PG_CONFIG#"$T/pg"}"; }
+
+# build_variant NAME make-argument…: another private installation, $T/pg_NAME, with the extension built from the same source
+# with these arguments (MIGRATE_TEST=1, say). To run something in it: in_variant NAME command….
+build_variant() {
+    local name=$1 config
+    shift
+    [ -d "$T/pg_$name" ] && { [ -e "$T/pg_$name/built" ]; return; }
+    as_user cp -R --preserve=mode,timestamps,links "$T/pg" "$T/pg_$name" && as_user mkdir "$T/tree_$name" || return
+    tar -C "$TREE" --exclude='*.o' --exclude='*.d' --exclude='*.so' --exclude='*.bc' --exclude='./migrate_ext--*.sql' -cf - . |
+        as_user tar -C "$T/tree_$name" -xf - || return
+    config=$(variant_pg_config "$name")
+    as_user make -C "$T/tree_$name" -j2 PG_CONFIG="$config" with_llvm=no "$@" all install >"$T/log/build.$name.log" 2>&1 &&
+        as_user touch "$T/pg_$name/built"
+}
+
+in_variant() {
+    local config
+    config=$(variant_pg_config "$1")
+    shift
+    PATH=$(dirname "$config"):$PATH PG_CONFIG=$config "$@"
+}
+
 setup() {
     trap cleanup EXIT
     trap 'exit 130' INT
