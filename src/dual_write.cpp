@@ -173,7 +173,7 @@ void flush(CacheEntry *entry) {
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
     // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's
     // trigger) the keys stay: what is applied here may yet be rolled back.
-    const bool final = GetCurrentTransactionNestLevel() <= touched.nest_level;
+    const bool final = GetCurrentTransactionNestLevel() <= outermost_level(touched);
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     Mapping *m = entry->mapping;
     with_spi([&] {
@@ -226,6 +226,17 @@ void at_transaction_end(XactEvent event, void *) {
     HASH_SEQ_STATUS scan;
     hash_seq_init(&scan, cache);
     while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan)) memset(&entry->touched, 0, sizeof(Touched));
+}
+
+void at_subtransaction_end(SubXactEvent event, SubTransactionId, SubTransactionId, void *) {
+    if (cache == NULL || (event != SUBXACT_EVENT_ABORT_SUB && event != SUBXACT_EVENT_COMMIT_SUB)) return;
+    HASH_SEQ_STATUS scan;
+    hash_seq_init(&scan, cache);
+    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
+        if (event == SUBXACT_EVENT_ABORT_SUB)
+            forget_level(&entry->touched, GetCurrentTransactionNestLevel());
+        else
+            merge_level(&entry->touched, GetCurrentTransactionNestLevel());
 }
 
 // ---- what a row event touched
@@ -281,8 +292,6 @@ void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTa
     Datum values[INDEX_MAX_KEYS];
     read_key(entry->mapping, relation, slot, values);
     Touched &touched = entry->touched;
-    const int nest_level = GetCurrentTransactionNestLevel();
-    touched.nest_level = touched.context ? Min(touched.nest_level, nest_level) : nest_level;
     if (touched.context == NULL)
         touched.context =
             AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
@@ -332,6 +341,7 @@ TriggerData *trigger_data(FunctionCallInfo fcinfo) {
 
 void init_dual_write() {
     RegisterXactCallback(at_transaction_end, NULL);
+    RegisterSubXactCallback(at_subtransaction_end, NULL);
 }
 
 }  // namespace migrate

@@ -1,15 +1,45 @@
 #include "touched.hpp"
 
 namespace migrate {
+namespace {
+
+void forget_level(KeyList *list, int nest_level) {
+    while (list->n > 0 && list->nest_levels[list->n - 1] >= nest_level) list->n--;
+}
+
+void merge_level(KeyList *list, int nest_level) {
+    for (int i = list->n - 1; i >= 0 && list->nest_levels[i] >= nest_level; i--) list->nest_levels[i] = nest_level - 1;
+}
+
+void *grow(void *array, Size size) {
+    return array ? repalloc(array, size) : palloc(size);
+}
+
+}  // namespace
+
+int outermost_level(const Touched &touched) {
+    const int upsert = touched.upsert.n > 0 ? touched.upsert.nest_levels[0] : INT_MAX;
+    const int remove = touched.remove.n > 0 ? touched.remove.nest_levels[0] : INT_MAX;
+    return Min(upsert, remove);
+}
+
+void forget_level(Touched *touched, int nest_level) {
+    forget_level(&touched->upsert, nest_level);
+    forget_level(&touched->remove, nest_level);
+}
+
+void merge_level(Touched *touched, int nest_level) {
+    merge_level(&touched->upsert, nest_level);
+    merge_level(&touched->remove, nest_level);
+}
 
 void append_key(KeyList *list, const Mapping *mapping, const Datum *values, MemoryContext context) {
     MemoryContext old = MemoryContextSwitchTo(context);
     if (list->n == list->capacity) {
         list->capacity = Max(8, list->capacity * 2);
-        for (int i = 0; i < mapping->nparams; i++) {
-            const Size size = sizeof(Datum) * list->capacity;
-            list->columns[i] = (Datum *)(list->n == 0 ? palloc(size) : repalloc(list->columns[i], size));
-        }
+        list->nest_levels = (int *)grow(list->nest_levels, sizeof(int) * list->capacity);
+        for (int i = 0; i < mapping->nparams; i++)
+            list->columns[i] = (Datum *)grow(list->columns[i], sizeof(Datum) * list->capacity);
     }
     for (int i = 0; i < mapping->nparams; i++) {
         int16 length;
@@ -18,7 +48,7 @@ void append_key(KeyList *list, const Mapping *mapping, const Datum *values, Memo
         const Datum value = length == -1 ? PointerGetDatum(PG_DETOAST_DATUM(values[i])) : values[i];
         list->columns[i][list->n] = datumCopy(value, by_value, length);
     }
-    list->n++;
+    list->nest_levels[list->n++] = GetCurrentTransactionNestLevel();
     MemoryContextSwitchTo(old);
 }
 

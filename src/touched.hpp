@@ -9,18 +9,28 @@ namespace migrate {
 struct KeyList {
     int n;
     int capacity;
+    int *nest_levels;  // of the (sub)transaction that touched each key; they never fall along the list
     Datum *columns[INDEX_MAX_KEYS];
 };
 
 struct Touched {
     KeyList upsert;  // keys that origin has, or had, after a write
     KeyList remove;  // keys that a write may have taken away
-    int nest_level;  // of the outermost (sub)transaction that touched one of them
     MemoryContext context;
 };
 
 // Appends the key that `values` holds (mapping->nparams of them).
 void append_key(KeyList *list, const Mapping *mapping, const Datum *values, MemoryContext context);
+
+// The outermost (sub)transaction that touched one of the keys; there must be one.
+int outermost_level(const Touched &touched);
+
+// A subtransaction of this level is rolled back: the keys it touched need no writing, and its row locks, under which
+// they could be read, are gone.
+void forget_level(Touched *touched, int nest_level);
+
+// A subtransaction of this level has become part of the one around it.
+void merge_level(Touched *touched, int nest_level);
 
 // The keys [from, to) as one array a column, in the current memory context.
 Datum *key_arrays(const KeyList &list, const Mapping *mapping, int from, int to);
