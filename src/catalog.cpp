@@ -6,7 +6,8 @@ namespace {
 const char kLoad[] =
     "SELECT migration, view, origin, dest, dest_owner, columns, reads, key_dest, key_origin, key_view, key_const, "
     "shared, shared_key, filtered, ambiguous, "
-    "partial, carry_delete, delete_at_once, insert_at_once, upsert_may_fail, delete_may_fail, strict "
+    "partial, carry_delete, delete_at_once, insert_at_once, upsert_may_fail, delete_may_fail, strict, "
+    "both_directions "
     "FROM migrate._load_mapping($1, $2)";
 
 struct Row {
@@ -94,6 +95,7 @@ Mapping *load_mapping(int32 flow, bool reverse) {
     m->delete_at_once = row.flag("delete_at_once"), m->insert_at_once = row.flag("insert_at_once");
     m->upsert_may_fail = row.flag("upsert_may_fail"), m->delete_may_fail = row.flag("delete_may_fail");
     m->on_failure = row.flag("strict") ? OnFailure::kRaise : OnFailure::kRecord;
+    m->both_directions = row.flag("both_directions");
     MemoryContextSwitchTo(old);
     return m;
 }

@@ -44,6 +44,7 @@ struct Mapping {
     bool upsert_may_fail;
     bool delete_may_fail;
     OnFailure on_failure;
+    bool both_directions;  // dest is written by the application too, and carried back
     MemoryContext context;
     SPIPlanPtr upsert, update, remove;  // kept plans, made on first use
 };

@@ -126,9 +126,14 @@ void apply_plainly(Mapping *m, Write write, const KeyList &list, int from, int t
         remove_keys(m, arrays);
 }
 
-// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection.
-bool must_pass_on(const ErrorData *error) {
-    return ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_OPERATOR_INTERVENTION;
+// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection. And, where the application
+// writes both sides: that another transaction is writing dest's row. Were that recorded and retried, this transaction's
+// write of origin and the other's write of dest would both be acknowledged, and one of them lost.
+bool must_pass_on(const Mapping *m, const ErrorData *error) {
+    const int category = ERRCODE_TO_CATEGORY(error->sqlerrcode);
+    return category == ERRCODE_OPERATOR_INTERVENTION ||
+           (m->both_directions &&
+            (category == ERRCODE_TRANSACTION_ROLLBACK || error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE));
 }
 
 // best_effort: in one subtransaction; when that fails, in halves down to the row, as long as the transaction may still
@@ -146,7 +151,7 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
     };
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error == NULL) return;
-    if (must_pass_on(error)) ReThrowError(error);
+    if (must_pass_on(m, error)) ReThrowError(error);
     const char *state = pstrdup(unpack_sql_state(error->sqlerrcode));
     const char *object = error->constraint_name ? error->constraint_name : error->column_name;
     if (to - from == 1) {

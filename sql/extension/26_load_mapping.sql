@@ -4,7 +4,8 @@ CREATE FUNCTION migrate._load_mapping(flow integer, direction text)
 RETURNS TABLE (migration integer, view regclass, origin regclass, dest regclass, dest_owner oid, columns int2[], reads int2[],
     key_dest int2[], key_origin int2[], key_view int2[], key_const text[], shared regclass[], shared_key int2[], filtered boolean,
     ambiguous boolean, partial boolean, carry_delete boolean, delete_at_once boolean, insert_at_once boolean,
-    upsert_may_fail boolean, delete_may_fail boolean, strict boolean)
+    upsert_may_fail boolean, delete_may_fail boolean, strict boolean,
+    both_directions boolean)
 LANGUAGE sql STABLE AS $$
     SELECT f.migration, m.view, m.origin, m.dest, migrate._table_owner(m.dest)::oid, m.columns, m.reads,
         m.key_dest, m.key_origin, m.key_view, m.key_const,
@@ -17,7 +18,8 @@ LANGUAGE sql STABLE AS $$
         m.direction = 'forward' OR f.on_target_delete IS NOT DISTINCT FROM 'delete',
         EXISTS (SELECT FROM pg_constraint c WHERE c.contype = 'f' AND c.conrelid = m.dest AND c.confrelid = m.origin),
         EXISTS (SELECT FROM pg_constraint c WHERE c.contype = 'f' AND c.conrelid = m.origin AND c.confrelid = m.dest),
-        may.upsert_may_fail, may.delete_may_fail, migrate._opt(f.migration, 'dual_write') = 'strict'
+        may.upsert_may_fail, may.delete_may_fail, migrate._opt(f.migration, 'dual_write') = 'strict',
+        (SELECT g.both_directions FROM migrate._migration g WHERE g.id = f.migration)
     FROM migrate._mapping m
     JOIN migrate._flow f ON f.id = m.flow
     CROSS JOIN LATERAL migrate._may_fail(m) may
