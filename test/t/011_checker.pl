@@ -1,0 +1,117 @@
+# Randomized concurrent checker: eight sessions write with every kind of statement at every isolation level, while a driver
+# starts, pauses, kills, switches and cancels migrations under them, and readers compare both sides in every snapshot.
+#
+# Each round has tables of its own, by its seed, which is said first:
+#   MIGRATE_SEED=<seed> replays its decisions (of each session; how they interleave is the machine's business), in one round.
+#   MIGRATE_LONG=1 goes on for an hour; MIGRATE_SECONDS=<n> and MIGRATE_ROUNDS=<n> say otherwise.
+use strict;
+use warnings;
+use FindBin;
+use lib $FindBin::RealBin;
+
+use CheckerDriver;
+use CheckerOracle;
+use CheckerReader;
+use CheckerSchema;
+use CheckerSession;
+use MigrateTest;
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+my $sessions = 8;
+my $rounds = $ENV{MIGRATE_ROUNDS} || ($ENV{MIGRATE_SEED} ? 1 : $ENV{MIGRATE_LONG} ? 60 : 3);
+my $seconds = $ENV{MIGRATE_SECONDS} || ($ENV{MIGRATE_LONG} ? 60 : 55);
+my $first_seed = $ENV{MIGRATE_SEED} || time() % 1_000_000_000;
+diag("MIGRATE_SEED=" . int $first_seed);
+
+sub start_child
+{
+	my ($body) = @_;
+	my $pid = fork // die "fork: $!";
+	return $pid if $pid;
+	eval { $body->(); 1 } or print STDERR "child: $@";
+	POSIX::_exit(0);    # not by exit: the server is the parent's to stop
+}
+
+# What is known of each transaction, by its tag: committed and aborted are certain.
+sub acknowledged
+{
+	my ($dir, $sum) = @_;
+	my %state;
+	for my $path (glob "$dir/session.*")
+	{
+		open my $file, '<', $path or die "$path: $!";
+		while (my $line = <$file>)
+		{
+			chomp $line;
+			my ($tag, @rest) = split /\t/, $line;
+			if ($tag eq 'sum') { $sum->{ $rest[0] } += $rest[1] }
+			elsif (($state{$tag} // '') !~ /committed|aborted/) { $state{$tag} = $rest[0] }
+		}
+		close $file;
+	}
+	return %state;
+}
+
+# Every transaction that was acknowledged is there, none that was rolled back is.
+sub check_acknowledged
+{
+	my ($node, $dir, $sum) = @_;
+	my %state = acknowledged($dir, $sum);
+	my %there = map { $_ => 1 } split /\n/, $node->safe_psql('postgres', 'SELECT tag FROM app_tx');
+	my @lost = grep { $state{$_} eq 'committed' && !$there{$_} } sort keys %state;
+	my @back = grep { $state{$_} eq 'aborted' && $there{$_} } sort keys %state;
+	is("@lost[0 .. ($#lost > 9 ? 9 : $#lost)]", '', 'every acknowledged transaction is there');
+	is("@back[0 .. ($#back > 9 ? 9 : $#back)]", '', 'no transaction that was rolled back is there');
+	return;
+}
+
+# Deadlocks that a worker of ours was part of, by the server's log: the application's victims would be our doing.
+sub slurp { my ($path) = @_; open my $file, '<', $path or return ''; local $/; return <$file> // ''; }
+
+sub round
+{
+	my ($seed) = @_;
+	my $schema = CheckerSchema->new($seed, $sessions);
+	note("seed $seed: " . $schema->describe);
+	my $node = new_server("checker_$seed", preload => $schema->{preload}, conf => <<'CONF');
+deadlock_timeout = 100ms
+max_prepared_transactions = 60
+autovacuum_naptime = 1s
+log_error_verbosity = default
+CONF
+	my $dir = $node->basedir;
+	$node->safe_psql('postgres', $schema->create_sql . CheckerOracle->triggers_sql($schema));
+	my $common = {
+		dir => $dir, dsn => 'dbi:Pg:dbname=postgres;host=' . $node->host . ';port=' . $node->port, schema => $schema, seed => $seed,
+		version => int($node->safe_psql('postgres', "SELECT current_setting('server_version_num')::int / 10000")) };
+	my @children;
+	for my $number (0 .. $sessions - 1) { push @children, start_child(sub { CheckerSession->run($common, $number) }) }
+	push @children, start_child(sub { CheckerReader->run($common, $sessions, 0) }), start_child(sub { CheckerReader->run($common, $sessions + 1, 1) });
+	my $driver = CheckerDriver->new({ %$common, node => $node, children => [ 0 .. $sessions + 1 ], until => time() + $seconds });
+	eval { $driver->run; 1 } or $driver->fault("driver died: $@");
+	open my $stop, '>', "$dir/stop";
+	close $stop;
+	for my $child (@children)
+	{
+		while (!waitpid $child, POSIX::WNOHANG) { $driver->end_all_prepared; sleep 0.1 }
+	}
+	$driver->end_all_prepared;
+	my %sum = %{ $driver->{count} };
+	is(slurp("$dir/fault"), '', "seed $seed: nothing is wrong") or diag("to replay: MIGRATE_SEED=$seed (" . $schema->describe . ')');
+	check_acknowledged($node, $dir, \%sum);
+	note(sprintf 'seed %d: %d transactions, %d statements, %d rolled back, %d in two phases, %d switches, %d crashes, %d snapshots compared',
+		$seed, map { $sum{$_} // 0 } 'committed', 'statements', 'rolled back', 'prepared', 'switches', 'crashes', 'snapshots compared');
+	note(join ', ', map { "$_: $sum{$_}" } sort keys %sum);
+	$node->stop;
+	return !-s "$dir/fault";
+}
+
+for my $number (0 .. $rounds - 1)
+{
+	my $ok;
+	subtest "seed " . (int($first_seed) + $number) => sub { $ok = round(int($first_seed) + $number) };
+	last unless $ok;
+}
+done_testing();
