@@ -15,7 +15,7 @@ namespace {
 constexpr int kBackground = SECURITY_RESTRICTED_OPERATION;
 
 Mapping *require_mapping(int32 flow, bool reverse) {
-    Mapping *m = load_mapping(flow, reverse);
+    Mapping *m = load_mapping(flow, reverse, Lifetime::kCall);
     if (m == NULL)
         ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
                         errmsg("flow %d has no %s mapping", flow, reverse ? "reverse" : "forward")));
@@ -229,7 +229,6 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
             MemoryContextSwitchTo(old);
             DEBUG_POINT("batch: rows written");
         });
-        free_mapping(m);
     });
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
@@ -267,7 +266,6 @@ Datum migrate_apply_keys(PG_FUNCTION_ARGS) {
                 busy = accumArrayResultAny(busy, key, false, TEXTARRAYOID, result);
             }
         });
-        free_mapping(m);
     });
     if (busy == NULL) PG_RETURN_NULL();
     PG_RETURN_DATUM(makeArrayResultAny(busy, CurrentMemoryContext, true));

@@ -66,7 +66,7 @@ void read_key(const Row &row, Mapping *m) {
 
 }  // namespace
 
-Mapping *load_mapping(int32 flow, bool reverse) {
+Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     Oid types[2] = {INT4OID, TEXTOID};
     Datum args[2] = {Int32GetDatum(flow), CStringGetTextDatum(reverse ? "reverse" : "forward")};
     SPIPlanPtr plan = SPI_prepare(kLoad, 2, types);
@@ -76,10 +76,13 @@ Mapping *load_mapping(int32 flow, bool reverse) {
     if (found == 0) return NULL;
     const Row row = {SPI_tuptable->vals[0], SPI_tuptable->tupdesc};
 
-    MemoryContext context = AllocSetContextCreate(CacheMemoryContext, "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
+    const bool kept = lifetime == Lifetime::kBackend;
+    MemoryContext context = AllocSetContextCreate(kept ? CacheMemoryContext : CurrentMemoryContext,
+                                                  "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
     MemoryContext old = MemoryContextSwitchTo(context);
     Mapping *m = (Mapping *)palloc0(sizeof(Mapping));
     m->context = context;
+    m->kept = kept;
     m->flow = flow, m->reverse = reverse;
     m->migration = DatumGetInt32(row.get("migration"));
     m->view = row.oid("view"), m->origin = row.oid("origin"), m->dest = row.oid("dest"),
@@ -101,7 +104,7 @@ Mapping *load_mapping(int32 flow, bool reverse) {
 }
 
 void free_mapping(Mapping *mapping) {
-    SPIPlanPtr plans[] = {mapping->upsert, mapping->update, mapping->remove};
+    SPIPlanPtr plans[] = {mapping->upsert, mapping->update, mapping->remove, mapping->replace};
     for (SPIPlanPtr plan : plans)
         if (plan) SPI_freeplan(plan);
     MemoryContextDelete(mapping->context);

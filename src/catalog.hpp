@@ -45,15 +45,20 @@ struct Mapping {
     bool delete_may_fail;
     OnFailure on_failure;
     bool both_directions;  // dest is written by the application too, and carried back
+    bool kept;             // over transactions, until free_mapping
     MemoryContext context;
-    SPIPlanPtr upsert, update, remove;  // kept plans, made on first use
+    SPIPlanPtr upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
 };
 
-// Loads the mapping into a memory context of its own below CacheMemoryContext, by the latest snapshot. SPI must be
-// connected. NULL when there is no such mapping.
-Mapping *load_mapping(int32 flow, bool reverse);
+// kCall: until SPI_finish, or until an error, which must leave nothing behind in a worker that lives for days.
+// kBackend: until free_mapping.
+enum class Lifetime { kCall, kBackend };
 
-// Frees the mapping with its plans.
+// Loads the mapping into a memory context of its own, by the latest snapshot. SPI must be connected. NULL when there is
+// no such mapping.
+Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime);
+
+// Frees a mapping that is kept, with its plans.
 void free_mapping(Mapping *mapping);
 
 }  // namespace migrate

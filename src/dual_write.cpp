@@ -1,8 +1,8 @@
 // The dual-write triggers. The row trigger notes the keys a row event touched; the statement trigger, which fires after
-// every row trigger of the statement, applies them in bulk from the state the statement left. Where a foreign key
-// between the two tables must find dest's row gone (or there) earlier, the row trigger applies the key at once: its
-// name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (a partition attached since) is applied
-// before the commit.
+// every row trigger of the statement, applies them in bulk from the state the (outermost) statement left. Where a
+// foreign key between the two tables must find dest's row gone (or there) earlier, the row trigger applies the key at
+// once: its name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (a partition attached since)
+// is applied before the commit.
 #include "dual_write.hpp"
 #include "background.hpp"
 #include "debug_point.hpp"
@@ -85,7 +85,7 @@ CacheEntry *find_entry(const Trigger *trigger) {
     }
     if (entry->mapping == NULL) {
         entry->stale = false;
-        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse); });
+        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse, Lifetime::kBackend); });
     }
     return entry->mapping ? entry : NULL;
 }
@@ -172,7 +172,31 @@ void apply_list(Mapping *m, Write write, const KeyList &list) {
         apply_plainly(m, write, list, 0, list.n);
 }
 
+// All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
+bool replace(Mapping *m, const Touched &touched) {
+    auto step = [&] {
+        replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
+                     key_arrays(touched.upsert, m, 0, touched.upsert.n));
+    };
+    if (m->on_failure == OnFailure::kRaise || !(m->upsert_may_fail || m->delete_may_fail)) {
+        step();
+        return true;
+    }
+    if (subtransactions >= kMaxSubtransactions) return false;
+    subtransactions++;
+    ErrorData *error = attempt(Undo::kSubtransaction, step);
+    if (error && must_pass_on(m, error)) ReThrowError(error);
+    return error == NULL;
+}
+
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.
+void apply_touched(Mapping *m, const Touched &touched) {
+    if (touched.remove.n > 0 && touched.upsert.n > 0 && replace(m, touched)) return;
+    apply_list(m, Write::kRemove, touched.remove);
+    DEBUG_POINT("dual write: deletes done");
+    apply_list(m, Write::kUpsert, touched.upsert);
+}
+
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
@@ -182,12 +206,22 @@ void flush(CacheEntry *entry) {
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     Mapping *m = entry->mapping;
     with_spi([&] {
-        apply_list(m, Write::kRemove, touched.remove);
-        DEBUG_POINT("dual write: deletes done");
-        apply_list(m, Write::kUpsert, touched.upsert);
+        if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
+        apply_touched(m, touched);
         DEBUG_POINT("dual write: upserts done");
     });
     if (final) MemoryContextDelete(touched.context);
+}
+
+// How many triggers this one is nested in, itself included.
+int trigger_depth() {
+    return DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum)0));
+}
+
+// A statement within a statement (a user's trigger, a foreign key's cascade) leaves its keys to the one around it: only
+// then the states are those that the application meant, and that dest's own constraints may be held against.
+void flush_outermost(CacheEntry *entry) {
+    if (trigger_depth() <= entry->touched.trigger_depth) flush(entry);
 }
 
 CacheEntry *any_touched() {
@@ -199,12 +233,16 @@ CacheEntry *any_touched() {
     return found;
 }
 
-// One write may lead to another, where one migration's target is another's source.
+// One write may lead to another, where one migration's target is another's source. The server has fired the deferred
+// triggers already: those that our writes have queued (SET CONSTRAINTS … DEFERRED) would be forgotten.
 void flush_all() {
-    if (cache == NULL || any_touched() == NULL) return;
-    PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
-    while (CacheEntry *entry = any_touched()) flush(entry);
-    PopActiveSnapshot();
+    if (cache == NULL) return;
+    while (CacheEntry *entry = any_touched()) {
+        PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
+        flush(entry);
+        PopActiveSnapshot();
+        AfterTriggerFireDeferred();
+    }
 }
 
 // The worker that retries failures may have ended for want of work. It must not look before they are committed.
@@ -297,6 +335,9 @@ void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTa
     Datum values[INDEX_MAX_KEYS];
     read_key(entry->mapping, relation, slot, values);
     Touched &touched = entry->touched;
+    const int depth = trigger_depth();
+    const bool none = touched.upsert.n == 0 && touched.remove.n == 0;
+    touched.trigger_depth = none ? depth : Min(touched.trigger_depth, depth);
     if (touched.context == NULL)
         touched.context =
             AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
@@ -363,21 +404,21 @@ using namespace migrate;
 Datum migrate_dual_write_row(PG_FUNCTION_ARGS) {
     TriggerData *data = trigger_data(fcinfo);
     CacheEntry *entry = find_entry(data->tg_trigger);
-    if (entry && !is_applying(entry->mapping->migration)) note_event(entry, data);
+    if (entry && !is_echo(entry->mapping)) note_event(entry, data);
     return PointerGetDatum(NULL);
 }
 
 // AFTER INSERT OR UPDATE OR DELETE … FOR EACH STATEMENT EXECUTE FUNCTION migrate._dual_write_flush(flow, direction)
 Datum migrate_dual_write_flush(PG_FUNCTION_ARGS) {
     CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
-    if (entry && !is_applying(entry->mapping->migration)) flush(entry);
+    if (entry && !is_echo(entry->mapping)) flush_outermost(entry);
     return PointerGetDatum(NULL);
 }
 
 // AFTER TRUNCATE … FOR EACH STATEMENT EXECUTE FUNCTION migrate._dual_write_truncate(flow, direction)
 Datum migrate_dual_write_truncate(PG_FUNCTION_ARGS) {
     CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
-    if (entry && entry->mapping->carry_delete && !is_applying(entry->mapping->migration))
+    if (entry && entry->mapping->carry_delete && !is_echo(entry->mapping))
         with_spi([&] {
             remove_all_missing(entry->mapping);
             DEBUG_POINT("dual write: truncate carried");

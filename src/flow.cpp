@@ -4,11 +4,11 @@
 namespace migrate {
 namespace {
 
-// The migrations whose dual writes this backend is applying just now, innermost last: their triggers on dest must not
+// The mappings that this backend is applying just now, innermost last: the triggers of the other direction must not
 // carry the write back. Only our own write sets it (trigger depth would not do: a user's trigger may write to origin in
 // earnest).
 struct Applying {
-    int32 migration;
+    const Mapping *mapping;
     int nest_level;
 };
 constexpr int kMaxApplying = 32;
@@ -26,27 +26,35 @@ void forget_all(XactEvent event, void *) {
     if (event == XACT_EVENT_ABORT || event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE) applying_depth = 0;
 }
 
-// A kept, generic plan whose parameters are the key arrays.
-SPIPlanPtr prepare(const Mapping *m, const char *sql) {
-    Oid types[INDEX_MAX_KEYS];
-    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
-    SPIPlanPtr plan = SPI_prepare_cursor(sql, m->nparams, types, CURSOR_OPT_GENERIC_PLAN);
+bool is_in_use(const Mapping *m) {
+    int n = 0;
+    for (int i = 0; i < applying_depth; i++) n += applying[i].mapping == m;
+    return n > 1;  // once is the caller's own
+}
+
+// A generic plan whose parameters are the arrays of one list of keys, or of several.
+SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
+    Oid types[2 * INDEX_MAX_KEYS];
+    for (int i = 0; i < m->nparams * lists; i++)
+        types[i] = get_array_type(m->key[m->params[i % m->nparams]].origin_type);
+    SPIPlanPtr plan = SPI_prepare_cursor(sql, m->nparams * lists, types, CURSOR_OPT_GENERIC_PLAN);
     if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
-    SPI_keepplan(plan);
+    if (m->kept) SPI_keepplan(plan);
     return plan;
 }
 
-// The plan in *slot, made again from text when it is invalid (which covers renames).
+// The plan in *slot, made again from text when it is invalid (which covers renames). One that is running, in a write
+// that has led to this one by a user's trigger, is left to be revalidated by the server.
 template <class Build>
-SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build) {
-    if (*slot && !SPI_plan_is_valid(*slot)) {
+SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists = 1) {
+    if (*slot && !is_in_use(m) && !SPI_plan_is_valid(*slot)) {
         SPI_freeplan(*slot);
         *slot = NULL;
     }
     if (*slot == NULL) {
         Sql sql;
         build(sql);
-        *slot = prepare(m, sql.c_str());
+        *slot = prepare(m, sql.c_str(), lists);
     }
     return *slot;
 }
@@ -56,8 +64,9 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build) {
 void begin_applying(const Mapping *m) {
     if (applying_depth == kMaxApplying)
         ereport(ERROR, (errcode(ERRCODE_STATEMENT_TOO_COMPLEX),
-                        errmsg("more than %d migrations write into each other in a chain", kMaxApplying)));
-    applying[applying_depth++] = {m->migration, GetCurrentTransactionNestLevel()};
+                        errmsg("dual writes lead to dual writes more than %d deep", kMaxApplying),
+                        errhint("Migrations, or triggers on their targets, write into each other in a chain.")));
+    applying[applying_depth++] = {m, GetCurrentTransactionNestLevel()};
 }
 
 void end_applying() {
@@ -66,7 +75,13 @@ void end_applying() {
 
 bool is_applying(int32 migration) {
     for (int i = 0; i < applying_depth; i++)
-        if (applying[i].migration == migration) return true;
+        if (applying[i].mapping->migration == migration) return true;
+    return false;
+}
+
+bool is_echo(const Mapping *m) {
+    for (int i = 0; i < applying_depth; i++)
+        if (applying[i].mapping->migration == m->migration && applying[i].mapping->reverse != m->reverse) return true;
     return false;
 }
 
@@ -94,6 +109,28 @@ void remove_keys(Mapping *m, KeyArrays keys) {
     as_dest_owner(m, 0, [&] {
         SPIPlanPtr plan = kept_plan(m, &m->remove, [&](Sql &sql) { delete_missing(sql, m, dest_key_in_params(m)); });
         run_latest(plan, keys, NULL);
+    });
+}
+
+// WITH removed AS (DELETE FROM dest d WHERE <$1 …> AND NOT EXISTS … RETURNING 1)
+// INSERT INTO dest … SELECT … FROM view v WHERE <$n …> AND (SELECT count(*) FROM removed) >= 0 ON CONFLICT …
+void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
+    if (m->partial) {
+        remove_keys(m, removed);
+        upsert_keys(m, upserted);
+        return;
+    }
+    Datum keys[2 * INDEX_MAX_KEYS];
+    memcpy(keys, removed, sizeof(Datum) * m->nparams);
+    memcpy(keys + m->nparams, upserted, sizeof(Datum) * m->nparams);
+    as_dest_owner(m, 0, [&] {
+        auto build = [&](Sql &sql) {
+            delete_missing(sql.add("WITH removed AS ("), m, dest_key_in_params(m));
+            Sql condition;  // it makes the DELETE come first: what it frees, the INSERT may take
+            condition.add(view_key_in_params(m, m->nparams + 1)).add(" AND (SELECT count(*) FROM removed) >= 0");
+            insert_from(sql.add(" RETURNING 1) "), m, qualified(m->view), condition.c_str());
+        };
+        run_latest(kept_plan(m, &m->replace, build, 2), keys, NULL);
     });
 }
 

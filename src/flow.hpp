@@ -16,11 +16,20 @@ void upsert_keys(Mapping *mapping, KeyArrays keys);
 // Deletes the rows of dest with these keys that no mapping view yields. As above.
 void remove_keys(Mapping *mapping, KeyArrays keys);
 
+// Both in one statement (where dest allows: else one after the other), so that dest's foreign keys are checked, and
+// their actions taken, on the outcome: a row may have been turned away from one that goes. As above.
+void replace_keys(Mapping *mapping, KeyArrays removed, KeyArrays upserted);
+
 // Deletes every row of this mapping's share of dest that no mapping view yields: what TRUNCATE asks for. As above.
 void remove_all_missing(Mapping *mapping);
 
-// Whether this backend is inside a write of this migration's own: its triggers then do nothing.
+// Whether this backend is inside a write of this migration's own.
 bool is_applying(int32 migration);
+
+// Whether it is inside a write of this migration's own in the other direction: an event on the mapping's origin is then
+// the echo of that write, not to be carried back. (In the same direction it is not: a user's trigger on dest, or a
+// foreign key's cascade, writes to origin in earnest.)
+bool is_echo(const Mapping *mapping);
 void begin_applying(const Mapping *mapping);
 void end_applying();
 

@@ -170,15 +170,15 @@ char *dest_key_in_params(const Mapping *m) {
     return pstrdup(sql.add(" AND ").add(dest_share(m)).c_str());
 }
 
-char *view_key_in_params(const Mapping *m) {
+char *view_key_in_params(const Mapping *m, int first) {
     Sql sql;
     if (m->nparams == 1) {
         view_key(sql, m, "v");
-        return pstrdup(sql.add(kEqual).add("ANY ($1)").c_str());
+        return pstrdup(sql.add(kEqual).addf("ANY ($%d)", first).c_str());
     }
     view_key(sql.add("("), m, "v");
     sql.add(") IN (SELECT * FROM unnest(");
-    for (int i = 0; i < m->nparams; i++) sql.comma(i == 0).addf("$%d", i + 1);
+    for (int i = 0; i < m->nparams; i++) sql.comma(i == 0).addf("$%d", first + i);
     return pstrdup(sql.add("))").c_str());
 }
 

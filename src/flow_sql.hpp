@@ -12,8 +12,8 @@ char *qualified(Oid relid);
 // v.k1, v.k2: the non-constant part of the key as the view has it
 void view_key(Sql &sql, const Mapping *m, const char *alias);
 
-// v.k = ANY($1)   or, for several columns,   (v.k1, v.k2) IN (SELECT * FROM unnest($1, $2))
-char *view_key_in_params(const Mapping *m);
+// v.k = ANY($1)   or, for several columns,   (v.k1, v.k2) IN (SELECT * FROM unnest($1, $2)); `first`: instead of $1
+char *view_key_in_params(const Mapping *m, int first = 1);
 
 // d.k = ANY($1::dest_type[]) AND d.constant = '…': this mapping's rows of dest with the keys of the parameters
 char *dest_key_in_params(const Mapping *m);

@@ -52,6 +52,15 @@ void append_key(KeyList *list, const Mapping *mapping, const Datum *values, Memo
     MemoryContextSwitchTo(old);
 }
 
+KeyList copy_keys(const KeyList &list, const Mapping *mapping) {
+    KeyList copy = list;
+    for (int i = 0; i < mapping->nparams && list.n > 0; i++) {
+        copy.columns[i] = (Datum *)palloc(sizeof(Datum) * list.n);
+        memcpy(copy.columns[i], list.columns[i], sizeof(Datum) * list.n);
+    }
+    return copy;
+}
+
 Datum *key_arrays(const KeyList &list, const Mapping *mapping, int from, int to) {
     Datum *arrays = (Datum *)palloc(sizeof(Datum) * mapping->nparams);
     for (int i = 0; i < mapping->nparams; i++) {

@@ -14,8 +14,9 @@ struct KeyList {
 };
 
 struct Touched {
-    KeyList upsert;  // keys that origin has, or had, after a write
-    KeyList remove;  // keys that a write may have taken away
+    KeyList upsert;     // keys that origin has, or had, after a write
+    KeyList remove;     // keys that a write may have taken away
+    int trigger_depth;  // of the outermost statement that touched one of them
     MemoryContext context;
 };
 
@@ -31,6 +32,9 @@ void forget_level(Touched *touched, int nest_level);
 
 // A subtransaction of this level has become part of the one around it.
 void merge_level(Touched *touched, int nest_level);
+
+// The same keys in arrays of their own, in the current memory context: keys may be appended to the list meanwhile.
+KeyList copy_keys(const KeyList &list, const Mapping *mapping);
 
 // The keys [from, to) as one array a column, in the current memory context.
 Datum *key_arrays(const KeyList &list, const Mapping *mapping, int from, int to);

@@ -35,6 +35,8 @@ $$;
 CREATE FUNCTION migrate._may_fail(mapping migrate._mapping, OUT upsert_may_fail boolean, OUT delete_may_fail boolean)
 LANGUAGE sql STABLE AS $$
     SELECT NOT mapping.plain
+        OR migrate._key_index(mapping.dest, mapping.key_dest) IS NULL
+        OR EXISTS (SELECT FROM pg_attribute WHERE attrelid = mapping.dest AND attnum = ANY (mapping.columns) AND attisdropped)
         OR (SELECT relkind <> 'r' FROM pg_class WHERE oid = mapping.dest)
         OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = mapping.dest AND contype IN ('c', 'f', 'x', 't'))
         OR EXISTS (SELECT FROM pg_index WHERE indrelid = mapping.dest AND indexrelid <> migrate._key_index(mapping.dest, mapping.key_dest) AND (indisunique OR indisexclusion OR indexprs IS NOT NULL OR indpred IS NOT NULL))
