@@ -157,11 +157,13 @@ LANGUAGE sql STABLE AS $$
           AND (d.typnotnull OR EXISTS (SELECT FROM pg_constraint c WHERE c.contypid = d.oid))) AS c
     UNION ALL
     -- Workers run in security-restricted operations, in which PostgreSQL queues nothing for the commit.
-    SELECT DISTINCT 'deferred_constraints', 'error', format('%s on %s is INITIALLY DEFERRED: writes to target %s by a worker would fail',
+    SELECT DISTINCT 'deferred_constraints', CASE WHEN g.tginitdeferred THEN 'error' ELSE 'warning' END,
+           format(CASE WHEN g.tginitdeferred THEN '%s on %s is INITIALLY DEFERRED: writes to target %s by a worker would fail'
+                       ELSE '%s on %s is DEFERRABLE: where an application defers it, what it refuses of target %s fails the COMMIT, with dual_write = best_effort too' END,
                coalesce('constraint ' || quote_ident(c.conname), 'trigger ' || quote_ident(g.tgname)), coalesce(c.conrelid, g.tgrelid)::regclass, t.target),
            CASE c.contype WHEN 'f' THEN format('ALTER TABLE %s ALTER CONSTRAINT %I NOT DEFERRABLE;', c.conrelid::regclass, c.conname)
                           ELSE format('Create it again as NOT DEFERRABLE, or: ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname) END
-    FROM t CROSS JOIN LATERAL migrate._partition_tree(t.target) AS l(relid) JOIN pg_trigger g ON g.tgrelid = l.relid AND g.tgdeferrable AND g.tginitdeferred AND g.tgenabled <> 'D'
+    FROM t CROSS JOIN LATERAL migrate._partition_tree(t.target) AS l(relid) JOIN pg_trigger g ON g.tgrelid = l.relid AND g.tgdeferrable AND g.tgenabled <> 'D'
     LEFT JOIN pg_constraint c ON c.oid = g.tgconstraint
     UNION ALL
     SELECT 'foreign_key_actions', CASE WHEN own.is_source AND a.action = 'CASCADE' THEN 'info' WHEN NOT own.is_source AND twin.found THEN 'info' ELSE 'warning' END,
@@ -180,6 +182,12 @@ LANGUAGE sql STABLE AS $$
                                        WHERE f.migration = m.id AND f.target = t.target
                                          AND CASE e.event WHEN 'DELETE' THEN s.confdeltype ELSE s.confupdtype END = e.code)) AS twin(found)
     WHERE a.action IS NOT NULL
+    UNION ALL
+    SELECT 'foreign_key_actions', 'warning', format('foreign key %s of %s to target %s has ON DELETE %s: where a key of the source changes, its row is deleted from the target and inserted anew, and the action runs',
+               quote_ident(c.conname), c.conrelid::regclass, t.target, CASE c.confdeltype WHEN 'c' THEN 'CASCADE' WHEN 'n' THEN 'SET NULL' ELSE 'SET DEFAULT' END),
+           format('If keys of the source ever change: ALTER TABLE %s DROP CONSTRAINT %I; and add it again without the action, until finalize.', c.conrelid::regclass, c.conname)
+    FROM t JOIN pg_constraint c ON c.confrelid = t.target AND c.contype = 'f' AND c.conrelid <> t.target AND c.conparentid = 0
+    WHERE c.confdeltype IN ('c', 'n', 'd')
 $$;
 
 CREATE FUNCTION migrate._check_triggers(m migrate._migration) RETURNS SETOF migrate._check
