@@ -1,0 +1,221 @@
+-- State, not events: deferrable keys, foreign keys and their actions, triggers on the side that follows. No workers here.
+\set SHOW_CONTEXT never
+\set VERBOSITY terse
+SET client_min_messages = warning;
+CREATE SCHEMA links_test;
+SET search_path = links_test;
+CREATE FUNCTION arm(migration text, direction text) RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration;
+BEGIN
+    SELECT * INTO m FROM migrate._migration x WHERE x.name = migration;
+    PERFORM migrate._create_triggers(m, direction);
+    IF direction = 'forward' THEN
+        PERFORM migrate._apply_range(f.id, NULL, NULL, 1000000) FROM migrate._flow f WHERE f.migration = m.id;
+    END IF;
+END $$;
+-- Both differences; and whether anything had to be recorded as a failure.
+CREATE FUNCTION same(a text, b text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    n bigint;
+BEGIN
+    EXECUTE format('WITH a AS (%s), b AS (%s) SELECT count(*) FROM ((TABLE a EXCEPT ALL TABLE b) UNION ALL (TABLE b EXCEPT ALL TABLE a)) x', a, b) INTO n;
+    RETURN CASE n WHEN 0 THEN 'ok' ELSE n || ' rows differ' END || (SELECT CASE count(*) WHEN 0 THEN '' ELSE format(', %s failures', count(*)) END FROM migrate._failure);
+END $$;
+CREATE FUNCTION equal() RETURNS text LANGUAGE sql AS $$ SELECT links_test.same('TABLE links_test.s', 'TABLE links_test.t') $$;
+
+-- deferrable keys: shifts, swaps, rotations, duplicates that last until the commit and end in every way
+CREATE TABLE s (id int PRIMARY KEY DEFERRABLE INITIALLY IMMEDIATE, v text);
+CREATE TABLE t (id int PRIMARY KEY, v text);
+INSERT INTO s SELECT g, 'v' || g FROM generate_series(1, 100) g;
+SELECT migrate.define('keys', 's', 't');
+SELECT arm('keys', 'forward');
+UPDATE s SET id = id + 1;
+UPDATE s SET id = id - 1;
+UPDATE s SET id = 101 - id;
+UPDATE s SET id = 101 - id;
+UPDATE s SET id = -id;
+UPDATE s SET id = -id;
+SELECT equal();
+UPDATE s SET id = CASE id WHEN 10 THEN 11 WHEN 11 THEN 12 WHEN 12 THEN 10 ELSE id END, v = v || CASE id WHEN 11 THEN ' new' ELSE '' END WHERE id < 20;
+SELECT equal();
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s VALUES (20, 'twice'), (20, 'thrice'); UPDATE s SET id = 2000 WHERE v = 'v20'; UPDATE s SET v = v || '!' WHERE id = 20; DELETE FROM s WHERE v = 'twice!'; COMMIT;
+SELECT equal();
+-- the one that was there stays, the one that came goes; and the other way round
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s VALUES (21, 'guest'); SELECT count(*) FROM t WHERE id = 21; DELETE FROM s WHERE v = 'guest'; COMMIT;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; UPDATE s SET id = 22 WHERE id = 23; UPDATE s SET id = 23 WHERE v = 'v22'; COMMIT;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; UPDATE s SET id = 24 WHERE id IN (25, 26); SAVEPOINT a; DELETE FROM s WHERE id = 24; ROLLBACK TO a; UPDATE s SET id = 25 WHERE v = 'v23'; SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; UPDATE s SET id = 24 WHERE id IN (25, 26); UPDATE s SET id = 25 WHERE v = 'v24'; UPDATE s SET id = 26 WHERE v = 'v25'; SET CONSTRAINTS ALL IMMEDIATE; UPDATE s SET v = 'checked' WHERE id = 26; COMMIT;
+SELECT equal();
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s SELECT * FROM s WHERE id < 10; COMMIT;
+SELECT equal(), count(*) FROM t;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; TRUNCATE s; INSERT INTO s VALUES (1, 'a'), (1, 'b'); DELETE FROM s WHERE v = 'a'; COMMIT;
+SELECT equal(), (SELECT v FROM t) AS left_over;
+SELECT migrate.drop('keys');
+DROP TABLE s, t;
+
+-- a tree: cascades, SET NULL and SET DEFAULT over several levels in one statement. The target has the same foreign keys with the same actions
+-- (where a key moves, its old row goes and takes along whatever still refers to it), then one that references the source, then none of the actions.
+CREATE TABLE root (id int PRIMARY KEY);
+CREATE TABLE s (id int PRIMARY KEY, parent int DEFAULT 1 REFERENCES s ON DELETE CASCADE ON UPDATE CASCADE, root int DEFAULT 1 REFERENCES root ON DELETE SET DEFAULT ON UPDATE CASCADE, maybe int REFERENCES s ON DELETE SET NULL ON UPDATE SET NULL);
+CREATE FUNCTION grow() RETURNS void LANGUAGE sql AS $$
+    DELETE FROM links_test.s;
+    DELETE FROM links_test.root;
+    INSERT INTO links_test.root SELECT generate_series(1, 9);
+    INSERT INTO links_test.s SELECT g, nullif(g / 2, 0), 1 + g % 9, nullif(g * 7 % 100, 0) FROM generate_series(1, 99) g $$;
+CREATE PROCEDURE cut(INOUT deleted text, INOUT defaulted text, INOUT moved text, INOUT ctes text, INOUT again text) LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM links_test.s WHERE id IN (20, 40, 3);
+    deleted := links_test.equal();
+    COMMIT;
+    DELETE FROM links_test.root WHERE id IN (2, 3);
+    COMMIT;
+    UPDATE links_test.root SET id = id + 100 WHERE id BETWEEN 5 AND 7;
+    defaulted := links_test.equal();
+    COMMIT;
+    UPDATE links_test.s SET id = id + 1000 WHERE id IN (2, 4, 8, 17);
+    moved := links_test.equal();
+    COMMIT;
+    INSERT INTO links_test.s VALUES (500, 501, 1, 500), (501, 1, 1, 501);
+    WITH gone AS (DELETE FROM links_test.s WHERE id = 500) UPDATE links_test.s SET maybe = 501 WHERE id = 1;
+    ctes := links_test.equal();
+    COMMIT;
+    DELETE FROM links_test.s WHERE id = 1;
+    INSERT INTO links_test.s VALUES (1, NULL, 1, 1);
+    again := links_test.equal();
+END $$;
+CREATE TABLE t (id int PRIMARY KEY, parent int DEFAULT 1 REFERENCES t ON DELETE CASCADE ON UPDATE CASCADE, root int DEFAULT 1 REFERENCES root ON DELETE SET DEFAULT ON UPDATE CASCADE, maybe int REFERENCES t ON DELETE SET NULL ON UPDATE SET NULL);
+SELECT grow();
+SELECT migrate.define('tree', 's', 't');
+SELECT migrate.set('tree', 'dual_write', 'strict');
+SELECT arm('tree', 'forward'), equal();
+CALL cut('', '', '', '', '');
+SELECT migrate.drop('tree');
+DROP TABLE t;
+CREATE TABLE t (id int PRIMARY KEY REFERENCES s ON DELETE CASCADE ON UPDATE CASCADE, parent int REFERENCES s ON DELETE CASCADE ON UPDATE CASCADE, root int, maybe int REFERENCES s ON DELETE SET NULL ON UPDATE SET NULL);
+SELECT grow();
+SELECT migrate.define('tree', 's', 't');
+SELECT migrate.set('tree', 'dual_write', 'strict');
+SELECT arm('tree', 'forward'), equal();
+CALL cut('', '', '', '', '');
+SELECT migrate.drop('tree');
+DROP TABLE t;
+-- cascades made by a trigger of the application's; the target only refuses. Its keys are checked on what the outermost statement leaves.
+ALTER TABLE s DROP CONSTRAINT s_parent_fkey, DROP CONSTRAINT s_maybe_fkey;
+CREATE TABLE t (id int PRIMARY KEY, parent int REFERENCES t, root int, maybe int REFERENCES t);
+CREATE FUNCTION prune() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        UPDATE links_test.s SET maybe = NULL WHERE maybe = OLD.id;
+        DELETE FROM links_test.s WHERE parent = OLD.id;
+    ELSIF NEW.id <> OLD.id THEN
+        UPDATE links_test.s SET maybe = NULL WHERE maybe = OLD.id;
+        UPDATE links_test.s SET parent = NEW.id WHERE parent = OLD.id;
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER prune AFTER UPDATE OR DELETE ON s FOR EACH ROW EXECUTE FUNCTION prune();
+SELECT grow();
+SELECT migrate.define('tree', 's', 't');
+SELECT migrate.set('tree', 'dual_write', 'strict');
+SELECT arm('tree', 'forward'), equal();
+CALL cut('', '', '', '', '');
+SELECT migrate.drop('tree');
+DROP TABLE t, s, root;
+
+-- foreign keys to the target: CASCADE goes on from there; RESTRICT refuses: recorded in best_effort, an error in strict
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (id int PRIMARY KEY, v text);
+CREATE TABLE child (id int REFERENCES t ON DELETE CASCADE);
+CREATE TABLE clerk (id int REFERENCES t);
+INSERT INTO s SELECT g, 'v' FROM generate_series(1, 10) g;
+SELECT migrate.define('fk', 's', 't');
+SELECT severity, message FROM migrate.preflight('fk') WHERE "check" = 'foreign_key_actions';
+SELECT arm('fk', 'forward');
+INSERT INTO child VALUES (1), (2); INSERT INTO clerk VALUES (3), (4);
+DELETE FROM s WHERE id < 4;
+SELECT (SELECT array_agg(id ORDER BY id) FROM t) AS t, (SELECT count(*) FROM child) AS children, (SELECT array_agg((key, sqlstate, object)) FROM migrate._failure) AS failures;
+DELETE FROM clerk; SELECT migrate._apply_keys(flow, direction, ARRAY[key]) FROM migrate._failure; DELETE FROM migrate._failure;
+SELECT equal();
+INSERT INTO clerk VALUES (4);
+SELECT migrate.set('fk', 'dual_write', 'strict');
+DELETE FROM s WHERE id = 4;
+SELECT equal();
+SELECT migrate.drop('fk');
+DROP TABLE child, clerk, t, s;
+
+-- triggers on the side that follows: they write it, and the side that serves; what they do to the latter is carried as well
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (id int PRIMARY KEY, v text);
+INSERT INTO s SELECT g, 'v' || g FROM generate_series(1, 60) g;
+CREATE FUNCTION poke() RETURNS trigger LANGUAGE plpgsql AS $$
+DECLARE
+    serving regclass := 'links_test.' || TG_ARGV[0];
+BEGIN
+    IF TG_OP <> 'DELETE' AND NEW.v = 'poke' THEN
+        EXECUTE format('UPDATE %s SET v = ''poked'' WHERE id = %s', serving, NEW.id + 1);
+        EXECUTE format('DELETE FROM %s WHERE id = %s', serving, NEW.id + 2);
+        EXECUTE format('INSERT INTO %s VALUES (%s, ''poke of poke'')', serving, NEW.id + 1000);
+    ELSIF TG_OP <> 'DELETE' AND NEW.v = 'poke of poke' THEN
+        EXECUTE format('UPDATE %s SET id = id + 1000, v = ''done'' WHERE id = %s', serving, NEW.id);
+    ELSIF TG_OP <> 'DELETE' AND NEW.v = 'poke many' THEN
+        EXECUTE format('UPDATE %s SET v = ''poked '' || id WHERE id BETWEEN %s AND %s', serving, NEW.id, NEW.id + 9);
+    ELSIF TG_OP <> 'DELETE' AND NEW.v = 'poke and raise' THEN
+        EXECUTE format('UPDATE %s SET v = ''never'' WHERE id = %s', serving, NEW.id + 1);
+        RAISE 'raised by the target';
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER poke AFTER INSERT OR UPDATE OR DELETE ON t FOR EACH ROW EXECUTE FUNCTION poke('s');
+SELECT migrate.define('poke', 's', 't');
+SELECT arm('poke', 'forward');
+UPDATE s SET v = 'poke' WHERE id IN (1, 11);
+INSERT INTO s VALUES (101, 'poke many'), (21, 'never') ON CONFLICT (id) DO UPDATE SET v = 'poke many';
+-- in an EXCEPTION block of the application's, with keys of the statement around it still to be applied
+CREATE FUNCTION caught() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.v = 'caught' THEN
+        BEGIN
+            UPDATE links_test.s SET v = 'poke many' WHERE id = NEW.id + 10;
+            RAISE 'undo';
+        EXCEPTION WHEN raise_exception THEN NULL;
+        END;
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE TRIGGER "Z_caught" AFTER UPDATE ON s FOR EACH ROW EXECUTE FUNCTION caught();
+UPDATE s SET v = 'caught' WHERE id BETWEEN 30 AND 34;
+SELECT equal(), count(*) FILTER (WHERE v LIKE 'poked%') AS poked, count(*) FILTER (WHERE v = 'done') AS done, count(*) FILTER (WHERE v = 'caught') AS caught FROM s;
+UPDATE s SET v = 'poke and raise' WHERE id = 50;
+SELECT (SELECT v FROM s WHERE id = 50), (SELECT v FROM s WHERE id = 51) AS neighbour, (SELECT array_agg((key, sqlstate)) FROM migrate._failure) AS failures;
+UPDATE s SET v = 'calm' WHERE id = 50; DELETE FROM migrate._failure;
+SELECT equal();
+-- the rollback window: the target serves, the source's trigger pokes the target
+DROP TRIGGER poke ON t; DROP TRIGGER "Z_caught" ON s;
+SELECT arm('poke', 'reverse');
+CREATE TRIGGER poke AFTER INSERT OR UPDATE OR DELETE ON s FOR EACH ROW EXECUTE FUNCTION poke('t');
+UPDATE t SET v = 'poke' WHERE id = 41;
+UPDATE t SET v = 'poke many' WHERE id = 51;
+SELECT equal(), count(*) FILTER (WHERE v LIKE 'poked%') AS poked FROM t;
+SELECT migrate.drop('poke');
+DROP TABLE s, t;
+
+-- constraints of the target that the application defers, also in what is applied only at the commit: a partition since attached has no statement trigger
+CREATE TABLE ref (id int PRIMARY KEY);
+CREATE TABLE s (id int PRIMARY KEY, r int) PARTITION BY RANGE (id);
+CREATE TABLE s_1 PARTITION OF s FOR VALUES FROM (0) TO (100);
+CREATE TABLE t (id int PRIMARY KEY, r int REFERENCES ref DEFERRABLE INITIALLY IMMEDIATE);
+SELECT migrate.define('deferred', 's', 't');
+SELECT "check", severity, message FROM migrate.preflight('deferred') WHERE "check" = 'deferred_constraints';
+SELECT migrate.set('deferred', 'dual_write', 'strict');
+SELECT arm('deferred', 'forward');
+CREATE TABLE s_2 PARTITION OF s FOR VALUES FROM (100) TO (200);
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s_2 VALUES (101, 1); INSERT INTO s_1 VALUES (1, 1); INSERT INTO ref VALUES (1); COMMIT;
+SELECT equal(), count(*) FROM t;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s_1 VALUES (2, 2); COMMIT;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s_2 VALUES (102, 2); COMMIT;
+BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s_2 VALUES (103, 2); PREPARE TRANSACTION 'refused';
+SELECT equal(), count(*) FROM t;
+SELECT migrate.drop('deferred');
+DROP TABLE s, t, ref;
+DROP SCHEMA links_test CASCADE;
