@@ -103,11 +103,11 @@ bool find_unsafe_literal(Node *node, Oid *type) {
     return walk_expression(node, find_unsafe_literal, type);
 }
 
-// We make the view as the extension's owner, a superuser, and literals are read while it is made. So the statement is
-// first analyzed as the caller, and what would run a user's code is refused.
-void require_safe_literals(const Request &request, SelectStmt *select, const char *sql) {
+// The caller's statement, analyzed as the caller: PostgreSQL reads literals at once, and a domain's check must not run
+// as the extension's owner, a superuser. What would read it again from a text of the view later is refused.
+Query *analyze_as_caller(const Request &request, SelectStmt *select, const char *sql) {
     RawStmt *statement = makeNode(RawStmt);
-    statement->stmt = (Node *)copyObjectImpl(select);
+    statement->stmt = (Node *)select;
     const char *path = pstrdup(namespace_search_path);
     Query *query = with_user(request.caller, SECURITY_RESTRICTED_OPERATION, [&] {
         (void)set_config_option("search_path", path, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
@@ -121,9 +121,41 @@ void require_safe_literals(const Request &request, SelectStmt *select, const cha
                         errdetail("Reading it may run the check of a domain, at a time when it must not."),
                         errhint("Build the value from literals of the types of PostgreSQL, as in ROW('a', 1)::%s.",
                                 format_type_be(type))));
+    return query;
+}
+
+// schema.name, quoted
+const char *collation_name(Oid collation) {
+    HeapTuple tuple = SearchSysCache1(COLLOID, ObjectIdGetDatum(collation));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for collation %u", collation);
+    const Form_pg_collation row = (Form_pg_collation)GETSTRUCT(tuple);
+    const char *name = quote_qualified_identifier(get_namespace_name(row->collnamespace), NameStr(row->collname));
+    ReleaseSysCache(tuple);
+    return name;
+}
+
+// SELECT NULL::type COLLATE … AS name, …: the columns of a query, and nothing that a user has written.
+char *columns_of(const Query *query) {
+    Sql sql;
+    ListCell *cell;
+    foreach (cell, query->targetList) {
+        const TargetEntry *entry = (const TargetEntry *)lfirst(cell);
+        Node *expr = (Node *)entry->expr;
+        const Oid collation = exprCollation(expr);
+        sql.comma(cell == list_head(query->targetList))
+            .add("NULL::")
+            .add(format_type_extended(exprType(expr), exprTypmod(expr),
+                                      FORMAT_TYPE_TYPEMOD_GIVEN | FORMAT_TYPE_FORCE_QUALIFY));
+        if (OidIsValid(collation)) sql.add(" COLLATE ").add(collation_name(collation));
+        sql.add(" AS ").ident(entry->resname);
+    }
+    return psprintf("SELECT %s", sql.c_str());
 }
 
 // CREATE VIEW migrate.<view_name> AS SELECT <mapping> FROM <origin> WHERE <filter>
+// The view is made with the right columns first, and then given the query that was analyzed as the caller. To analyze
+// the caller's text once more, as the extension's owner, would let names mean something else, and run it as a
+// superuser.
 Oid create_view(Request *request) {
     SelectStmt *select = makeNode(SelectStmt);
     select->targetList = parse_select_list(request, request->mapping, "mapping is not a select list");
@@ -132,13 +164,16 @@ Oid create_view(Request *request) {
     if (request->filter) select->whereClause = parse_filter(request, request->filter);
     const char *sql = psprintf("SELECT %s", request->mapping);
     request->parsing = request->filter ? NULL : sql;
-    require_safe_literals(*request, select, sql);
+    Query *query = analyze_as_caller(*request, select, sql);
 
     ViewStmt *view = makeNode(ViewStmt);
     view->view = makeRangeVar(pstrdup("migrate"), pstrdup(request->view_name), -1);
-    view->query = (Node *)select;
     view->withCheckOption = NO_CHECK_OPTION;
-    const ObjectAddress made = DefineView(view, sql, 0, 0);
+    const char *columns = columns_of(query);
+    view->query = ((RawStmt *)linitial(parse_sql(columns)))->stmt;
+    const ObjectAddress made = DefineView(view, columns, 0, 0);
+    CommandCounterIncrement();
+    StoreViewQuery(made.objectId, query, true);
     // Not a member of the extension, for pg_dump leaves members out; but DROP EXTENSION takes it along.
     ObjectAddress extension;
     ObjectAddressSet(extension, ExtensionRelationId, get_extension_oid("migrate_ext", false));
