@@ -71,8 +71,7 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     Datum args[2] = {Int32GetDatum(flow), CStringGetTextDatum(reverse ? "reverse" : "forward")};
     SPIPlanPtr plan = SPI_prepare(kLoad, 2, types);
     if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
-    const uint64 found =
-        with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] { return run_latest(plan, args, NULL); });
+    const uint64 found = with_extension_owner([&] { return run_latest(plan, args, NULL); });
     if (found == 0) return NULL;
     const Row row = {SPI_tuptable->vals[0], SPI_tuptable->tupdesc};
 

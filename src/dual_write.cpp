@@ -101,7 +101,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     if (object == NULL) nulls[4] = 'n';
     failed_migration = m->migration;
     DEBUG_POINT("dual write: failure to be recorded");
-    with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
+    with_extension_owner([&] {
         pin_output_settings();
         for (int i = from; i < to; i++) {
             Datum values[5] = {Int32GetDatum(m->flow), CStringGetTextDatum(m->reverse ? "reverse" : "forward"),

@@ -98,8 +98,7 @@ void migrate_resume_main(Datum) {
     auto step = [] {
         if (!extension_exists()) return;
         PushActiveSnapshot(GetTransactionSnapshot());
-        with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE,
-                  [] { with_spi([] { run_sql("SELECT migrate._launch_unfinished()"); }); });
+        with_extension_owner([] { with_spi([] { run_sql("SELECT migrate._launch_unfinished()"); }); });
         PopActiveSnapshot();
     };
     ErrorData *error = attempt(Undo::kTransaction, step);

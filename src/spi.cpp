@@ -27,6 +27,14 @@ void pin_output_settings() {
     pin("TimeZone", "UTC");
     pin("extra_float_digits", "1");
     pin("bytea_output", "hex");
+    pin("lc_monetary", "C");
+}
+
+void pin_language() {
+    pin("standard_conforming_strings", "on");
+    pin("array_nulls", "on");
+    pin("transform_null_equals", "off");
+    pin("quote_all_identifiers", "off");
 }
 
 void pin_planner_to_indexes() {

@@ -78,6 +78,17 @@ ErrorData *attempt(Undo undo, Fn &fn) {
 // The extension's owner (a superuser): owns migrate.* and is the role its own bookkeeping runs as.
 Oid extension_owner();
 
+// Within a with_user bracket: what our own SQL means must not depend on the session's settings.
+void pin_language();
+
+template <class Fn>
+auto with_extension_owner(Fn fn) -> decltype(fn()) {
+    return with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
+        pin_language();
+        return fn();
+    });
+}
+
 // Runs sql with the latest snapshot (as referential integrity triggers do), so that a REPEATABLE READ caller sees rows
 // committed since its snapshot. Raises when SPI reports an error. Returns the number of rows processed; results are in
 // SPI_tuptable. SPI must be connected.

@@ -107,7 +107,7 @@ Datum migrate_verb(PG_FUNCTION_ARGS) {
     synchronous_commit_wanted = false;
 
     bool isnull = true;
-    Datum result = with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] {
+    Datum result = with_extension_owner([&] {
         return with_spi([&] {
             run_sql(internal_call(verb), verb.nargs, verb.types, verb.values, verb.nulls);
             if (info == NULL) return first_value(&isnull);

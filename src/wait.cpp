@@ -43,7 +43,7 @@ double ms_since(TimestampTz then) {
 }
 
 Look look(const Wait &w) {
-    return with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&w] {
+    return with_extension_owner([&w] {
         const Oid types[] = {REGROLEOID, TEXTOID, TEXTOID, BOOLOID};
         const Datum values[] = {ObjectIdGetDatum(w.caller), CStringGetTextDatum(w.name), CStringGetTextDatum(w.phase),
                                 BoolGetDatum(utf8_reaches_the_client())};
@@ -90,7 +90,7 @@ void launch_missing(Wait *w) {
                         errmsg("the worker of migration \"%s\" does not stay", w->name),
                         errdetail("It was started %d times.", kLaunches), errhint("The server's log tells why.")));
     w->launched = GetCurrentTimestamp();
-    with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [w] {
+    with_extension_owner([w] {
         const Oid types[] = {TEXTOID};
         const Datum values[] = {CStringGetTextDatum(w->name)};
         run_sql("SELECT migrate._launch(m) FROM migrate._migration AS m WHERE m.name = $1", 1, types, values);

@@ -63,7 +63,7 @@ bool try_lock(const Worker &w, int worker) {
 template <class Fn>
 void as_owner(Fn fn) {
     PushActiveSnapshot(GetTransactionSnapshot());
-    with_user(extension_owner(), SECURITY_LOCAL_USERID_CHANGE, [&] { with_spi(fn); });
+    with_extension_owner([&] { with_spi(fn); });
     PopActiveSnapshot();
 }
 
