@@ -33,7 +33,44 @@ BEGIN
              WHERE w.migration = m.id LOOP
         PERFORM migrate._require_member(caller, f.relation);
     END LOOP;
+    PERFORM migrate._lend_views(m);
     RETURN m;
+END $$;
+
+-- The mapping views belong to the extension's owner; the owners of the tables they feed and read are lent them: dest's for the
+-- dual writes and the copy, origin's for validation after cutover, which asks of the source's own rows whether the filter had
+-- carried them over. An owner may change at any time. True where somebody was lent one anew.
+CREATE FUNCTION migrate._lend_views(m migrate._migration) RETURNS boolean
+LANGUAGE plpgsql AS $$
+DECLARE
+    l record;
+    lent boolean := false;
+BEGIN
+    FOR l IN SELECT p.view, o.role, k.privilege FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.view,
+                    LATERAL (VALUES (migrate._table_owner(p.dest), '{SELECT,UPDATE}'::text[]), (migrate._table_owner(p.origin), '{SELECT}')) o(role, privileges),
+                    LATERAL unnest(o.privileges) k(privilege)
+             WHERE f.migration = m.id AND NOT has_table_privilege(o.role, p.view, k.privilege) LOOP
+        EXECUTE format('GRANT %s ON %s TO %s', l.privilege, l.view, l.role);
+        lent := true;
+    END LOOP;
+    RETURN lent;
+END $$;
+
+-- Takes from everybody but its owner whatever default privileges have given them on an object of ours, of this kind and name.
+CREATE FUNCTION migrate._revoke_all(object oid, kind text, name text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    grantee oid;
+BEGIN
+    FOR grantee IN
+        SELECT DISTINCT a.grantee FROM (
+            SELECT c.relacl AS acl, c.relowner AS owner FROM pg_class c WHERE c.oid = object AND kind IN ('TABLE', 'SEQUENCE') UNION ALL
+            SELECT p.proacl, p.proowner FROM pg_proc p WHERE p.oid = object AND kind = 'ROUTINE' UNION ALL
+            SELECT t.typacl, t.typowner FROM pg_type t WHERE t.oid = object AND kind = 'TYPE' UNION ALL
+            SELECT n.nspacl, n.nspowner FROM pg_namespace n WHERE n.oid = object AND kind = 'SCHEMA') o, aclexplode(o.acl) a
+        WHERE a.grantee <> o.owner LOOP
+        EXECUTE format('REVOKE ALL ON %s %s FROM %s', kind, name, CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END);
+    END LOOP;
 END $$;
 
 -- Raises 42501 unless caller is a member of the relation's owner.

@@ -30,6 +30,14 @@ LANGUAGE sql STABLE AS $$
         OR mapping.plain AND NOT EXISTS (SELECT FROM pg_attribute o WHERE o.attrelid = mapping.origin AND o.attnum = ANY (mapping.reads) AND NOT o.attnotnull)
 $$;
 
+-- Whether dest's owner, as whom it is written, still has the rights that takes: an owner may change, or lose rights to himself.
+CREATE FUNCTION migrate._writable(mapping migrate._mapping) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT has_schema_privilege(c.relowner, c.relnamespace, 'USAGE') AND has_table_privilege(c.relowner, mapping.view, 'SELECT')
+       AND (SELECT bool_and(has_table_privilege(c.relowner, c.oid, k)) FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) k)
+    FROM pg_class c WHERE c.oid = mapping.dest
+$$;
+
 -- Whether an upsert into, or a delete from, the mapping's dest could be refused by anything at all. Where it could not, best
 -- effort needs no subtransaction.
 CREATE FUNCTION migrate._may_fail(mapping migrate._mapping, OUT upsert_may_fail boolean, OUT delete_may_fail boolean)

@@ -152,9 +152,10 @@ BEGIN
     INSERT INTO migrate._mapping VALUES (flow, direction, v.view, origin, dest, v.columns, v.reads, k.key_dest, k.key_view, k.key_origin, k.key_const,
         filter IS NOT NULL, (SELECT bool_and(b <> 0 OR c IS NOT NULL) FROM unnest(v.bare, v.constants) x(b, c)));
     EXECUTE format('COMMENT ON VIEW %s IS %L', v.view, format('mapping of migration flow %s, %s: from %s to %s', flow, direction, origin, dest));
-    EXECUTE format('GRANT SELECT, UPDATE ON %s TO %s', v.view, migrate._table_owner(dest));
-    -- Validation after cutover asks of the source's own rows whether the filter had carried them over.
-    EXECUTE format('GRANT SELECT ON %s TO %s', v.view, migrate._table_owner(origin));
+    -- A row lock needs the right to UPDATE the view, but what it reads is another's table: not to be written through it.
+    EXECUTE format('CREATE RULE read_only AS ON UPDATE TO %s DO INSTEAD NOTHING', v.view);
+    PERFORM migrate._revoke_all(v.view, 'TABLE', v.view::text);  -- default privileges are not meant for it
+    PERFORM migrate._lend_views(m) FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE f.id = flow;
     RETURN v;
 END $$;
 

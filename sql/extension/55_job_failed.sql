@@ -33,6 +33,10 @@ BEGIN
     IF blame <> 'lock' OR tries > 5 THEN
         PERFORM migrate._note_error(m.id, worker, format('%s: %s', sqlstate, message));
     END IF;
+    IF sqlstate = '42501' AND migrate._lend_views(m) THEN  -- a table has got another owner
+        wait_ms := 0;
+        RETURN;
+    END IF;
     CASE blame
     WHEN 'lock' THEN
         wait_ms := migrate._backoff_ms(tries, 50, 1000);

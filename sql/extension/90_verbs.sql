@@ -123,9 +123,14 @@ CREATE FUNCTION migrate.allow(role regrole, may text DEFAULT 'operate')
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
 COMMENT ON FUNCTION migrate.allow IS 'lets a role operate, observe or do nothing; superusers only. A role sees and runs only the migrations of owners it is a member of';
 
-REVOKE ALL ON ALL TABLES IN SCHEMA migrate FROM PUBLIC;
-REVOKE ALL ON ALL SEQUENCES IN SCHEMA migrate FROM PUBLIC;
+-- Nobody may do anything, whatever default privileges would have given (a row in a table of ours is code to run), …
+SELECT migrate._revoke_all(c.oid, CASE c.relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::pg_catalog.regclass::text)
+    FROM pg_catalog.pg_class c WHERE c.relnamespace = 'migrate'::pg_catalog.regnamespace AND c.relkind IN ('r', 'v', 'S');
 REVOKE ALL ON ALL ROUTINES IN SCHEMA migrate FROM PUBLIC;
+SELECT migrate._revoke_all(p.oid, 'ROUTINE', p.oid::pg_catalog.regprocedure::text) FROM pg_catalog.pg_proc p WHERE p.pronamespace = 'migrate'::pg_catalog.regnamespace;
+SELECT migrate._revoke_all('migrate'::pg_catalog.regnamespace, 'SCHEMA', 'migrate');
+-- … but everybody may look into the schema. Its objects are granted one by one.
+GRANT USAGE ON SCHEMA migrate TO PUBLIC;
 -- Digests read with the caller's own rights, and validation runs as the owners of tables: these are for everybody.
 GRANT EXECUTE ON FUNCTION migrate.md5_agg(text, text), migrate.ordered_md5("any"), migrate.same_image(anyelement, anyelement),
     migrate.checksum(regclass, text[], text[]), migrate.range_checksums(regclass, text[], text[], integer),
