@@ -39,10 +39,10 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- Whether an upsert into, or a delete from, the mapping's dest could be refused by anything at all. Where it could not, best
--- effort needs no subtransaction.
+-- effort needs no subtransaction. (A filter is an expression like any other; that of a reverse mapping only compares constants.)
 CREATE FUNCTION migrate._may_fail(mapping migrate._mapping, OUT upsert_may_fail boolean, OUT delete_may_fail boolean)
 LANGUAGE sql STABLE AS $$
-    SELECT NOT mapping.plain
+    SELECT NOT mapping.plain OR mapping.filtered AND mapping.direction = 'forward' OR NOT migrate._writable(mapping)
         OR migrate._key_index(mapping.dest, mapping.key_dest) IS NULL
         OR EXISTS (SELECT FROM pg_attribute WHERE attrelid = mapping.dest AND attnum = ANY (mapping.columns) AND attisdropped)
         OR (SELECT relkind <> 'r' FROM pg_class WHERE oid = mapping.dest)
@@ -58,6 +58,7 @@ LANGUAGE sql STABLE AS $$
                           OR (v.attnum IS NULL AND d.attnotnull AND NOT d.atthasdef AND d.attidentity = '')
                           OR (v.attnum IS NOT NULL AND (d.atttypid <> v.atttypid OR (d.atttypmod <> v.atttypmod AND d.atttypmod <> -1)))
                           OR (v.attnum IS NOT NULL AND d.attnotnull AND NOT migrate._never_null(mapping, v.attnum)))),
-        EXISTS (SELECT FROM pg_constraint WHERE confrelid = mapping.dest AND contype = 'f')
+        mapping.filtered AND mapping.direction = 'forward' OR NOT migrate._writable(mapping)
+        OR EXISTS (SELECT FROM pg_constraint WHERE confrelid = mapping.dest AND contype = 'f')
         OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 8 <> 0)
 $$;
