@@ -87,12 +87,15 @@ BEGIN
                          WHERE o.attcollation <> d.attcollation) THEN 'has a column whose collation differs from its source''s'
             WHEN EXISTS (SELECT FROM pg_attribute d JOIN pg_collation c ON c.oid = d.attcollation
                          WHERE d.attrelid = dest AND d.attnum = ANY (i.keys) AND NOT c.collisdeterministic) THEN 'has a column with a nondeterministic collation'
+            WHEN EXISTS (SELECT FROM pg_attribute d, migrate._plain_type(d.atttypid, d.atttypmod) t JOIN pg_type y ON y.oid = t.type
+                         WHERE d.attrelid = dest AND d.attnum = ANY (i.keys) AND y.typcategory = 'A') THEN 'has a column of an array type'
+            WHEN cardinality(i.keys) > 1 AND EXISTS (SELECT FROM pg_attribute d JOIN pg_type t ON t.oid = d.atttypid
+                         WHERE d.attrelid = dest AND d.attnum = ANY (i.keys) AND t.typtype = 'c') THEN 'has a column of a composite type beside others'
             WHEN EXISTS (SELECT FROM pg_attribute d JOIN pg_type t ON t.oid = d.atttypid
                          WHERE d.attrelid = dest AND d.attnum = ANY (i.keys)
                            AND NOT EXISTS (SELECT FROM pg_opclass o WHERE o.opcmethod = 403 AND o.opcdefault AND o.opcnamespace = 'pg_catalog'::regnamespace
-                                           AND (o.opcintype = t.oid OR o.opcintype = t.typbasetype OR (t.oid = 1043 AND o.opcintype = 25)
-                                                OR (t.typtype = 'e' AND o.opcintype = 3500) OR (t.typtype = 'r' AND o.opcintype = 3831) OR (t.typtype = 'c' AND o.opcintype = 2249)
-                                                OR (t.typcategory = 'A' AND o.opcintype = 2277)))) THEN 'has a column of a type that PostgreSQL itself cannot sort'
+                                           AND (o.opcintype = t.oid OR o.opcintype = t.typbasetype OR (t.oid = 1043 AND o.opcintype = 25) OR (t.oid = 650 AND o.opcintype = 869)
+                                                OR (t.typtype = 'e' AND o.opcintype = 3500) OR (t.typtype = 'r' AND o.opcintype = 3831) OR (t.typtype = 'c' AND o.opcintype = 2249)))) THEN 'has a column of a type that PostgreSQL itself cannot sort'
         END;
         IF reason IS NULL THEN
             key_dest := i.keys::int2[];
