@@ -321,10 +321,11 @@ LANGUAGE sql STABLE AS $$
         GROUP BY f.view), '')
 $$;
 
--- The condition that a key is one of those in the parameters' arrays. (A subquery, so that these are parsed once.)
+-- The condition that a key is one of those in the parameters' arrays. (A subquery, so that these are parsed once; k, not *, is
+-- one value of a composite type.)
 CREATE FUNCTION migrate._among(names text[], sets text[], types oid[]) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT format(CASE cardinality(names) WHEN 1 THEN '%s %s ANY (SELECT * FROM unnest(%s))' ELSE '(%s) %s ANY (SELECT * FROM unnest(%s))' END,
+    SELECT format(CASE cardinality(names) WHEN 1 THEN '%s %s ANY (SELECT k FROM unnest(%s) k)' ELSE '(%s) %s ANY (SELECT * FROM unnest(%s))' END,
         array_to_string(names, ', '), CASE WHEN count(DISTINCT migrate._operator(t, 3)) = 1 THEN min(migrate._operator(t, 3)) ELSE '=' END, array_to_string(sets, ', '))
     FROM unnest(types) t
 $$;

@@ -11,7 +11,9 @@ LANGUAGE sql STABLE AS $$
     WITH p AS (SELECT * FROM migrate._mapping p WHERE p.flow = x.flow AND p.direction = way),
     k AS (  -- the whole key: its varying part from the mismatch, the constants from the mapping
         SELECT i, d.attname AS dest_name, v.attname AS view_name,
-               coalesce(p.key_const[i], x.key[(SELECT count(*) FROM generate_series(1, i) j WHERE p.key_const[j] IS NULL)]) AS value, p.key_const[i] IS NULL AS varies
+               coalesce(p.key_const[i], x.key[(SELECT count(*) FROM generate_series(1, i) j WHERE p.key_const[j] IS NULL)]) AS value, p.key_const[i] IS NULL AS varies,
+               -- a literal finds its own type but where that is composite
+               CASE (SELECT t.typtype FROM pg_type t WHERE t.oid = d.atttypid) WHEN 'c' THEN '::' || format_type(d.atttypid, -1) ELSE '' END AS cast_to
         FROM p, generate_subscripts(p.key_dest, 1) i
         JOIN pg_attribute d ON d.attrelid = (SELECT dest FROM p) AND d.attnum = (SELECT key_dest FROM p)[i]
         JOIN pg_attribute v ON v.attrelid = (SELECT view FROM p) AND v.attnum = (SELECT key_view FROM p)[i]),
@@ -22,12 +24,12 @@ LANGUAGE sql STABLE AS $$
         JOIN pg_attribute v ON v.attrelid = (SELECT view FROM p) AND v.attnum = n)
     SELECT CASE x.kind
         WHEN 'extra' THEN format('DELETE FROM %s WHERE %s;', p.dest,
-            (SELECT string_agg(format('%I = %L', dest_name, value), ' AND ' ORDER BY i) FROM k))
+            (SELECT string_agg(format('%I = %L%s', dest_name, value, cast_to), ' AND ' ORDER BY i) FROM k))
         ELSE format('INSERT INTO %s (%s)%s SELECT %s FROM %s WHERE %s ON CONFLICT (%s) DO %s;', p.dest,
             (SELECT string_agg(quote_ident(dest_name), ', ' ORDER BY n) FROM c),
             CASE WHEN EXISTS (SELECT FROM c WHERE attidentity = 'a') THEN ' OVERRIDING SYSTEM VALUE' ELSE '' END,
             (SELECT string_agg(quote_ident(view_name), ', ' ORDER BY n) FROM c), p.view,
-            (SELECT string_agg(CASE WHEN value IS NULL THEN format('%I IS NULL', view_name) ELSE format('%I = %L', view_name, value) END, ' AND ' ORDER BY i) FROM k WHERE varies),
+            (SELECT string_agg(CASE WHEN value IS NULL THEN format('%I IS NULL', view_name) ELSE format('%I = %L%s', view_name, value, cast_to) END, ' AND ' ORDER BY i) FROM k WHERE varies),
             (SELECT string_agg(quote_ident(dest_name), ', ' ORDER BY i) FROM k),
             coalesce('UPDATE SET ' || (SELECT string_agg(format('%1$I = excluded.%1$I', dest_name), ', ' ORDER BY n) FROM c WHERE NOT in_key AND attidentity <> 'a'), 'NOTHING')) END
     FROM p
