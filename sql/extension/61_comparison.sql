@@ -92,6 +92,19 @@ BEGIN
     name := format_type(type, typmod);
 END $$;
 
+-- A value as an assignment to a column of this type would store it. A cast does the same, but that it cuts what is too long, where
+-- an assignment raises an error: such a value, which no row of the column can have, stays as it is, and differs from all.
+CREATE FUNCTION migrate._assigned(value text, type oid, typmod integer) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN typmod = -1 OR e.element NOT IN ('bpchar'::regtype, 'varchar'::regtype, 'bit'::regtype, 'varbit'::regtype) THEN format('(%s)::%s', value, n.cut)
+                ELSE format('(CASE WHEN (%1$s)::%4$s%5$s OPERATOR(pg_catalog.=) (%1$s)::%2$s::%4$s%5$s THEN (%1$s)::%2$s ELSE (%1$s)::%3$s END)', value, n.cut, n.whole,
+                            CASE WHEN e.is_text THEN format_type(CASE WHEN e.is_array THEN 'bpchar[]'::regtype ELSE 'bpchar'::regtype END, -1) ELSE n.whole END,
+                            CASE WHEN e.is_text THEN ' COLLATE pg_catalog."C"' ELSE '' END) END
+    FROM (SELECT coalesce(nullif(t.typelem, 0), t.oid)::regtype AS element, t.typelem <> 0 AND t.typlen = -1 AS is_array,
+                 coalesce(nullif(t.typelem, 0), t.oid) IN ('bpchar'::regtype, 'varchar'::regtype) AS is_text FROM pg_type t WHERE t.oid = type) e,
+         (SELECT format_type(type, typmod) AS cut, format_type(type, -1) AS whole) n
+$$;
+
 -- How a key column of the expected side is compared with a bound that is written in the actual side's type: name and bound
 -- are texts of SQL. Where the two types differ, the index of the origin must still serve, and no rounding may come between.
 CREATE FUNCTION migrate._key_rule(origin oid, origin_typmod integer, dest oid, dest_typmod integer, column_sql text,
@@ -255,7 +268,7 @@ BEGIN
                                  ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
             types := types || rule.compared;
             nulls := nulls || format('v.%I IS NULL', col.attname);
-            list := list || format('(v.%I)::%s%s AS k%s, (v.%I)::text AS o%s', col.attname, col.type_name, coalesce(col.collated, ''), n, col.attname, n);
+            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(format('v.%I', col.attname), col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
             IF col.constant IS NULL THEN
                 texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
             END IF;
@@ -264,7 +277,7 @@ BEGIN
             extra_flow := extra_flow || format(' WHEN %s THEN %s', substr(part, 6), x.flow);
         END IF;
         key_case := key_case || format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
-        SELECT list || array_agg(format('(%s)::%s%s AS c%s', coalesce(format('v.%I', v.attname), 'NULL'), t.name, coalesce(
+        SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(coalesce(format('v.%I', v.attname), 'NULL'), t.type, t.typmod), coalesce(
                    (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
             INTO list
             FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum
