@@ -76,7 +76,7 @@ bool register_worker(const WorkerStart &start, const char *main_function, const 
 }
 
 bool launch_migration_worker(int32 migration, int32 worker) {
-    const WorkerStart start = {MyDatabaseId, migration, worker};
+    const WorkerStart start = {MyDatabaseId, migration, worker, GetTopTransactionIdIfAny()};
     char name[BGW_MAXLEN];
     snprintf(name, sizeof name, "migrate_ext worker %d of migration %d", worker, migration);
     return register_worker(start, "migrate_worker_main", name);

@@ -9,6 +9,7 @@ struct WorkerStart {
     Oid database;
     int32 migration;
     int32 worker;
+    TransactionId launched_by;  // what it is to do may not be committed yet
 };
 
 // Registers a dynamic background worker that runs the library's function `main_function`. False when no slot is free.

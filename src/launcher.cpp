@@ -45,7 +45,7 @@ Databases list_databases() {
 // Looks into one database, and waits for that to end, so that at most one worker slot is used. Without a free slot it
 // tries on with growing pauses; the first failure is logged, then each time their number doubles.
 void look_into(Oid database) {
-    const WorkerStart start = {database, 0, 0};
+    const WorkerStart start = {database, 0, 0, InvalidTransactionId};
     BackgroundWorkerHandle *handle;
     for (int tries = 1; !register_worker(start, "migrate_resume_main", "migrate_ext resume", &handle); tries++) {
         if ((tries & (tries - 1)) == 0)

@@ -254,24 +254,30 @@ bool claim(Worker *w) {
     return false;
 }
 
-// A verb starts the worker before it commits. Until it does, the worker waits, for however long, on the migration's
-// row.
-void wait_for_verb(Worker *w) {
+// A verb starts the worker before it commits. Until it does, the worker waits, for however long. (Not on the
+// migration's row: that, and the extension, may have been made by the same transaction.)
+void wait_for_verb(const Worker &w) {
+    if (!TransactionIdIsValid(w.start.launched_by)) return;
     SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_SESSION);
+    auto step = [&w] { XactLockTableWait(w.start.launched_by, NULL, NULL, XLTW_None); };
+    (void)attempt(Undo::kTransaction, step);
+    SetConfigOption("lock_timeout", "100ms", PGC_SUSET, PGC_S_SESSION);
+}
+
+void show_name(Worker *w) {
     char *name = NULL;
     auto step = [w, &name] {
         if (!extension_exists()) return;
         as_owner([w, &name] {
             const Oid types[] = {INT4OID};
             const Datum values[] = {Int32GetDatum(w->start.migration)};
-            if (run_sql("SELECT 'migrate_ext: ' || m.name FROM migrate._migration AS m WHERE m.id = $1 FOR KEY SHARE",
-                        1, types, values) == 1)
+            if (run_sql("SELECT 'migrate_ext: ' || m.name FROM migrate._migration AS m WHERE m.id = $1", 1, types,
+                        values) == 1)
                 name = text_field(1, w->turn_context);
         });
     };
     (void)attempt(Undo::kTransaction, step);
     if (name) SetConfigOption("application_name", name, PGC_SUSET, PGC_S_SESSION);
-    SetConfigOption("lock_timeout", "100ms", PGC_SUSET, PGC_S_SESSION);
 }
 
 }  // namespace
@@ -289,10 +295,11 @@ void migrate_worker_main(Datum) {
     DEBUG_POINT("worker: connected");
     w.turn_context = AllocSetContextCreate(TopMemoryContext, "migrate_ext turn", ALLOCSET_DEFAULT_SIZES);
     MemoryContextSwitchTo(w.turn_context);
+    wait_for_verb(w);
+    DEBUG_POINT("worker: verb seen");
     if (!claim(&w)) proc_exit(0);
     DEBUG_POINT("worker: claimed");
-    wait_for_verb(&w);
-    DEBUG_POINT("worker: verb seen");
+    show_name(&w);
     while (take_turn(&w) && !leader_is_gone(w)) {
         pgstat_report_activity(STATE_IDLE, NULL);
         CHECK_FOR_INTERRUPTS();
