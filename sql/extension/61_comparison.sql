@@ -303,7 +303,7 @@ BEGIN
     LOOP
         list := list || format(CASE WHEN col.domain THEN '(d.%I)::%s AS c%s' ELSE 'd.%1$I AS c%3$s' END, col.attname, col.type_name, col.n);
         digests := digests || format('c%s', col.n);
-        part := coalesce(CASE WHEN semantic THEN format('((s.c%1$s %2$s t.c%1$s) IS TRUE OR s.c%1$s IS NOT DISTINCT FROM NULL AND t.c%1$s IS NOT DISTINCT FROM NULL)',
+        part := coalesce(CASE WHEN semantic AND migrate._operator(col.type, 3) IS NOT NULL THEN format('((s.c%1$s %2$s t.c%1$s) IS TRUE OR s.c%1$s IS NOT DISTINCT FROM NULL AND t.c%1$s IS NOT DISTINCT FROM NULL)',
                                                         col.n, migrate._operator(col.type, 3)) END,
                          format('migrate.same_image(s.c%1$s, t.c%1$s)', col.n));
         IF cardinality(col.mapped_by) < cardinality(flow_ids) THEN
