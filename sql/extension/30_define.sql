@@ -235,6 +235,9 @@ DECLARE
     r record;
     path text := migrate._caller_search_path();
 BEGIN
+    IF source IS NULL OR target IS NULL THEN
+        PERFORM migrate._raise('22004', 'source and target must be given', '', 'SELECT migrate.define(''users_to_profiles'', source => ''users'', target => ''user_profiles'');');
+    END IF;
     PERFORM migrate._require_member(caller, source);
     PERFORM migrate._require_member(caller, target);
     PERFORM migrate._require_table(source, 'source');
@@ -303,9 +306,6 @@ DECLARE
 BEGIN
     IF name IS NULL OR name = '' OR octet_length(name) > 63 THEN
         PERFORM migrate._raise('42602', format('migration name is %s bytes long', coalesce(octet_length(name), 0)), 'It must have 1 to 63 bytes.', 'Name it after what it does, as in users_to_profiles.');
-    END IF;
-    IF source IS NULL OR target IS NULL THEN
-        PERFORM migrate._raise('22004', 'source and target must be given', '', 'SELECT migrate.define(''users_to_profiles'', source => ''users'', target => ''user_profiles'');');
     END IF;
     IF EXISTS (SELECT FROM migrate._migration x WHERE x.name = _define.name) THEN
         m := migrate._lock(caller, name);
