@@ -192,6 +192,8 @@ void handle_failure(Worker *w, const ErrorData *error) {
         log_failure(w, again);
         w->job.wait_ms = backoff_ms(w->tries, 1000, 60000);
     }
+    // For whom no table has room to tell.
+    pgstat_report_activity(STATE_IDLE, psprintf("waits %g s after: %s", w->job.wait_ms / 1000, error->message));
 }
 
 // One turn; false when there is no more to do.

@@ -88,7 +88,7 @@ BEGIN
 END $$;
 
 -- Writes the reason down. The beginning of a throttle is an event, though not more often than every ten seconds: a signal
--- may swing around its limit for days.
+-- may swing around its limit for days. On a full disk there may be room for the reason, but not for the event.
 CREATE FUNCTION migrate._note_throttle(m migrate._migration, reason text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -106,7 +106,11 @@ BEGIN
     END IF;
     SELECT * INTO last FROM migrate._event e WHERE e.migration = m.id AND e.kind IN ('throttled', 'unthrottled') ORDER BY e.id DESC LIMIT 1;
     IF reason IS NOT NULL AND coalesce(last.at < clock_timestamp() - interval '10 s', true) THEN
-        PERFORM migrate._event(m, NULL, 'throttled', reason);
+        BEGIN
+            PERFORM migrate._event(m, NULL, 'throttled', reason);
+        EXCEPTION WHEN insufficient_resources THEN
+            NULL;
+        END;
     ELSIF reason IS NULL AND last.kind = 'throttled' THEN
         PERFORM migrate._event(m, NULL, 'unthrottled', m.throttled_reason);
     END IF;
