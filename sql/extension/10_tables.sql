@@ -1,5 +1,6 @@
 -- State. It lives in logged tables, so that it survives a crash, a failover and a promotion.
 -- Nobody but the extension's owner may touch these tables: a row here is code to run. Users see the views of 80_views.sql.
+-- No foreign keys between tables that are dumped: pg_restore -j loads them in any order. _forget() (74_finalize.sql) deletes.
 
 CREATE TABLE migrate._phase_move (
     from_phase text NOT NULL,
@@ -56,7 +57,7 @@ COMMENT ON COLUMN migrate._migration.both_directions IS 'reverse dual-write trig
 COMMENT ON COLUMN migrate._migration.batch_rows IS 'the adaptive batch size the worker has reached';
 
 CREATE TABLE migrate._option (
-    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    migration integer NOT NULL,
     name      text NOT NULL,
     value     text NOT NULL,
     expires_at timestamptz,
@@ -66,7 +67,7 @@ COMMENT ON COLUMN migrate._option.expires_at IS 'a throttle set by throttle(… 
 
 CREATE TABLE migrate._flow (
     id        integer PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
-    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    migration integer NOT NULL,
     name      text NOT NULL,
     source    regclass NOT NULL,
     target    regclass NOT NULL,
@@ -89,7 +90,7 @@ COMMENT ON COLUMN migrate._flow.fingerprint IS '_fingerprint() as it was when th
 -- The arrays key_* are aligned: one element for each column of dest's key index, in its order. (The index itself is not kept: a
 -- restored dump has the rows here before it has its indexes.)
 CREATE TABLE migrate._mapping (
-    flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    flow       integer NOT NULL,
     direction  text NOT NULL CHECK (direction IN ('forward', 'reverse')),
     view       regclass NOT NULL,
     origin     regclass NOT NULL,
@@ -113,8 +114,8 @@ COMMENT ON COLUMN migrate._mapping.key_origin IS 'attribute number in origin of 
 COMMENT ON COLUMN migrate._mapping.key_const IS 'the constant (as text of dest''s type) of each key column that is one, else NULL';
 
 CREATE TABLE migrate._view (
-    migration integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
-    flow      integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    migration integer NOT NULL,
+    flow      integer NOT NULL,
     view      regclass NOT NULL,
     shape     text NOT NULL CHECK (shape IN ('target', 'source')),
     created   boolean NOT NULL,
@@ -125,7 +126,7 @@ COMMENT ON TABLE migrate._view IS 'views that cutover switches (add_view)';
 COMMENT ON COLUMN migrate._view.aside IS 'shape source: the name under which the source table steps aside';
 
 CREATE TABLE migrate._range (
-    flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    flow       integer NOT NULL,
     ordinal    integer NOT NULL,
     low        text[],
     high       text[],
@@ -141,7 +142,7 @@ COMMENT ON COLUMN migrate._range.checkpoint IS 'every key of the range up to and
 COMMENT ON COLUMN migrate._range.row_limit IS 'a failed batch is being halved: the next batch takes at most so many rows';
 
 CREATE TABLE migrate._requeue (
-    flow integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
+    flow integer NOT NULL,
     key  text[] NOT NULL,
     at   timestamptz NOT NULL DEFAULT now()
 );

@@ -99,6 +99,7 @@ BEGIN
     PERFORM migrate._under_locks(m, caller, 'start', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
         format('SELECT migrate._arm(%s)', m.id), clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
     UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;
+    PERFORM migrate._belongs_here(m.id);
     m := migrate._move(m, caller, 'dual_writing', 'start');
     -- @point start: phase moved
     PERFORM migrate._launch(m);

@@ -27,21 +27,27 @@ LANGUAGE sql STABLE AS $$
             OR EXISTS (SELECT FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id))
 $$;
 
--- The database's system identifier and OID differ from those the migration was started with: this is a copy.
+-- The migrations that were started in another system or database than this one, which is a copy of it, and what is to be
+-- done about that. A view, so that whoever looks sees it before any worker has come to write it down.
+CREATE VIEW migrate._clone AS
+    SELECT m.id AS migration, format('this is a clone: the migration was started on system %s, database %s; SELECT migrate.resume(%L); makes it run here',
+                                     m.system_identifier, m.database_oid, m.name) AS why
+    FROM migrate._migration m
+    WHERE (m.system_identifier <> (SELECT c.system_identifier FROM pg_catalog.pg_control_system() c)
+           OR m.database_oid <> (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database()))
+      AND m.phase IN ('dual_writing', 'backfilling', 'validating', 'shadowing', 'ready', 'cut_over');
+
 CREATE FUNCTION migrate._is_clone(m migrate._migration) RETURNS boolean
-LANGUAGE sql VOLATILE AS $$
-    SELECT m.system_identifier <> (SELECT c.system_identifier FROM pg_catalog.pg_control_system() c)
-        OR m.database_oid <> (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database())
-$$;
+LANGUAGE sql VOLATILE AS $$ SELECT EXISTS (SELECT FROM migrate._clone c WHERE c.migration = m.id) $$;
 
 -- A clone must not go on by itself with what its original is doing.
 CREATE FUNCTION migrate._pause_clone(m migrate._migration) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    why text := format('this is a clone: the migration was started on system %s, database %s', m.system_identifier, m.database_oid);
+    why text := (SELECT c.why FROM migrate._clone c WHERE c.migration = m.id);
 BEGIN
     UPDATE migrate._migration x SET paused_since = clock_timestamp(), paused_reason = why, throttled_since = NULL, throttled_reason = NULL
-    WHERE x.id = m.id AND x.paused_since IS NULL;
+    WHERE x.id = m.id AND x.paused_since IS NULL AND why IS NOT NULL;
     IF FOUND THEN
         PERFORM migrate._event(m, NULL, 'paused', why);
     END IF;
@@ -64,27 +70,30 @@ BEGIN
         'Raise max_worker_processes (which takes a restart of the server), or call this again when another worker has ended.');
 END $$;
 
--- What the launcher does in each database.
-CREATE FUNCTION migrate._launch_unfinished() RETURNS void
+-- What the launcher does in each database. Returns a migration that got no slot, for which the caller's own may do.
+CREATE FUNCTION migrate._launch_unfinished() RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
+    left_over integer;
 BEGIN
+    FOR m IN SELECT x.* FROM migrate._migration x JOIN migrate._clone c ON c.migration = x.id LOOP
+        PERFORM migrate._pause_clone(m);
+    END LOOP;
     FOR m IN SELECT * FROM migrate._migration x
-             WHERE migrate._has_work(x) AND x.id NOT IN (SELECT w.migration FROM migrate._worker w WHERE w.worker = 0) LOOP
-        IF migrate._is_clone(m) THEN
-            PERFORM migrate._pause_clone(m);
-        ELSIF NOT migrate._launch_worker(m.id, 0) THEN
-            RAISE LOG 'migrate_ext: no background worker slot is free for migration "%"', m.name
-                USING DETAIL = format('max_worker_processes is %s.', current_setting('max_worker_processes'));
+             WHERE migrate._has_work(x) AND x.id NOT IN (SELECT w.migration FROM migrate._worker w WHERE w.worker = 0) ORDER BY x.id LOOP
+        IF NOT migrate._launch_worker(m.id, 0) THEN
+            left_over := coalesce(left_over, m.id);
+            PERFORM migrate._note(m.id, 0, format('no background worker slot is free: all %s of max_worker_processes are in use', current_setting('max_worker_processes')));
         END IF;
     END LOOP;
+    RETURN left_over;
 END $$;
 
 -- The state as verbs answer it: 'backfilling', 'backfilling, paused'.
 CREATE FUNCTION migrate._state(m_id integer) RETURNS text
 LANGUAGE sql VOLATILE AS $$
-    SELECT m.phase || CASE WHEN m.paused_since IS NULL THEN '' ELSE ', paused' END
+    SELECT m.phase || CASE WHEN m.paused_since IS NULL AND NOT migrate._is_clone(m) THEN '' ELSE ', paused' END
                    || CASE WHEN m.failed_since IS NULL THEN '' ELSE ', failed' END
     FROM migrate._migration m WHERE m.id = m_id
 $$;
@@ -154,12 +163,23 @@ BEGIN
     IF FOUND THEN
         PERFORM migrate._raise('55000', format('the clone of migration "%s" cannot be resumed', m.name), problem.message, coalesce(problem.hint, ''));
     END IF;
+    PERFORM migrate._belongs_here(m.id);
+    INSERT INTO migrate._pace (migration, worker, rows_estimated)
+    SELECT m.id, 0, sum(e.row_count) FROM migrate._flow f, LATERAL migrate._estimate(f) e WHERE f.migration = m.id ON CONFLICT DO NOTHING;
+    PERFORM migrate._event(m, caller, 'adopted', format('clone of system %s, database %s', m.system_identifier, m.database_oid));
+    -- A restored dump has other triggers than the original, and no failures: arm them and look at every row again.
+    IF EXISTS (SELECT FROM migrate._gaps(m.id)) THEN
+        PERFORM migrate._rearm(m, caller);
+    END IF;
+END $$;
+
+CREATE FUNCTION migrate._belongs_here(m_id integer) RETURNS void
+LANGUAGE sql AS $$
     UPDATE migrate._migration x
     SET system_identifier = (SELECT c.system_identifier FROM pg_control_system() c),
         database_oid = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
-    WHERE x.id = m.id;
-    PERFORM migrate._event(m, caller, 'adopted', format('clone of system %s, database %s', m.system_identifier, m.database_oid));
-END $$;
+    WHERE x.id = m_id
+$$;
 
 -- Only while nothing is switched: the source is left as it was, the target with the rows copied so far.
 CREATE FUNCTION migrate._cancel(caller regrole, name text) RETURNS text

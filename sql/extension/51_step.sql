@@ -68,6 +68,9 @@ BEGIN
     IF m.batch_rows IS NULL THEN
         UPDATE migrate._migration x SET batch_rows = j.batch WHERE x.id = m.id;
     END IF;
+    IF first AND worker = 0 THEN
+        PERFORM migrate._note(m.id, 0, NULL);  -- it may have been noted that there is no slot for this worker
+    END IF;
     IF worker = 0 AND m.phase NOT IN ('backfilling', 'validating') THEN
         PERFORM migrate._note_throttle(m, NULL);  -- a full disk may have been noted; undone when it still is
     END IF;

@@ -26,7 +26,7 @@ BEGIN
         hint := NULL;
         CASE gate
         WHEN 'paused' THEN
-            problem := m.paused_reason;
+            problem := coalesce(m.paused_reason, (SELECT c.why FROM migrate._clone c WHERE c.migration = m.id));
             hint := format('SELECT migrate.resume(%L);', m.name);
         WHEN 'failed' THEN
             problem := m.failed_reason;

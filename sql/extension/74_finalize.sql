@@ -194,6 +194,22 @@ BEGIN
     RETURN format('%s -> finalized: %s', m.phase, done.result);
 END $$;
 
+-- Deletes the migration with everything that hangs on it, but its events.
+CREATE FUNCTION migrate._forget(m_id integer) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    flows integer[] := ARRAY(SELECT f.id FROM migrate._flow f WHERE f.migration = m_id);
+BEGIN
+    DELETE FROM migrate._failure x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._requeue x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._range x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._view x WHERE x.migration = m_id;
+    DELETE FROM migrate._mapping x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._flow x WHERE x.migration = m_id;
+    DELETE FROM migrate._option x WHERE x.migration = m_id;
+    DELETE FROM migrate._migration x WHERE x.id = m_id;
+END $$;
+
 -- Forgets a migration. Its events stay.
 CREATE FUNCTION migrate._drop(caller regrole, name text) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -219,9 +235,8 @@ BEGIN
     END IF;
     PERFORM migrate._drop_mapping_views(m.id);
     -- @point drop: mapping views dropped
-    DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     PERFORM migrate._event(m, caller, 'drop', left_over);
-    DELETE FROM migrate._migration x WHERE x.id = m.id;
+    PERFORM migrate._forget(m.id);
     -- @point drop: migration deleted
     RETURN format('%s -> dropped', m.phase) || coalesce(', ' || left_over, '');
 END $$;

@@ -6,13 +6,13 @@ CREATE VIEW migrate._progress AS
     SELECT m.id, m.name, m.owner, m.phase,
            CASE WHEN m.phase IN ('planned', 'finalized', 'cancelled') THEN 'idle'
                 WHEN m.failed_since IS NOT NULL THEN 'failed'
-                WHEN m.paused_since IS NOT NULL THEN 'paused'
+                WHEN m.paused_since IS NOT NULL OR c.why IS NOT NULL THEN 'paused'
                 WHEN m.throttled_since IS NOT NULL THEN 'throttled'
                 WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows THEN 'idle'
                 WHEN w.pids IS NULL OR p.note IS NOT NULL THEN 'waiting'
                 ELSE 'running' END AS state,
            CASE WHEN m.phase IN ('planned', 'dual_writing') THEN 0.0
-                WHEN m.phase = 'backfilling' THEN least(99.9, round(100.0 * r.rows_copied / greatest(p.rows_estimated, 1), 1))
+                WHEN m.phase = 'backfilling' THEN CASE WHEN p.rows_estimated IS NOT NULL THEN least(99.9, round(100.0 * r.rows_copied / greatest(p.rows_estimated, 1), 1)) END
                 WHEN m.phase <> 'cancelled' THEN 100.0 END AS percent,
            coalesce(r.rows_copied, 0) AS rows_copied, p.rows_estimated,
            CASE WHEN m.phase = 'backfilling' AND w.pids IS NOT NULL THEN round(p.rows_per_second) END AS rows_per_second,
@@ -22,8 +22,9 @@ CREATE VIEW migrate._progress AS
            coalesce(m.throttled_reason, t.by_verb) AS throttled_by,
            p.note, x.failures, q.requeued, w.pids AS workers,
            CASE WHEN m.failed_since IS NOT NULL THEN m.failed_reason ELSE p.last_error END AS last_error,
-           m.paused_reason, m.failed_reason
+           coalesce(m.paused_reason, c.why) AS paused_reason, m.failed_reason
     FROM migrate._migration m
+    LEFT JOIN migrate._clone c ON c.migration = m.id
     LEFT JOIN (SELECT migration, array_agg(pid ORDER BY worker) AS pids FROM migrate._worker GROUP BY migration) w ON w.migration = m.id
     LEFT JOIN LATERAL (SELECT max(a.rows_estimated) AS rows_estimated,
                               sum(a.rows_per_second) FILTER (WHERE a.at > clock_timestamp() - interval '10 s')::numeric AS rows_per_second,
@@ -46,7 +47,8 @@ CREATE VIEW migrate._progress AS
                          AND (o.expires_at IS NULL OR o.expires_at > clock_timestamp())) t ON true;
 
 CREATE VIEW migrate.migration WITH (security_barrier) AS
-    SELECT m.name, m.owner, m.phase, m.phase_since, m.paused_since, m.paused_reason, m.failed_since, m.failed_reason,
+    SELECT m.name, m.owner, m.phase, m.phase_since, m.paused_since,
+           coalesce(m.paused_reason, (SELECT c.why FROM migrate._clone c WHERE c.migration = m.id)) AS paused_reason, m.failed_since, m.failed_reason,
            CASE WHEN m.phase IN ('cut_over', 'finalized') THEN 'target' ELSE 'source' END AS serves,
            m.started_at, m.backfilled_at, m.cut_over_at,
            (SELECT array_agg(f.name ORDER BY f.id) FROM migrate._flow f WHERE f.migration = m.id) AS flows
@@ -55,7 +57,7 @@ COMMENT ON VIEW migrate.migration IS 'your migrations: phase, flags with reason 
 
 CREATE VIEW migrate.progress WITH (security_barrier) AS
     SELECT p.name AS migration, p.phase, p.state, p.percent, p.rows_copied, p.rows_estimated, p.rows_per_second, p.eta, p.batch_size,
-           p.checkpoint, p.throttled_since, coalesce(p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
+           p.checkpoint, p.throttled_since, coalesce(CASE p.state WHEN 'paused' THEN p.paused_reason END, p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
     FROM migrate._progress p WHERE pg_has_role(p.owner, 'MEMBER');
 COMMENT ON VIEW migrate.progress IS
     'what the workers of your migrations do now, and what they wait for, with value and limit; eta is NULL before 1 percent';
@@ -96,7 +98,7 @@ $$;
 CREATE FUNCTION migrate._progress_line(p migrate._progress, utf8 boolean) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT rtrim(CASE WHEN p.phase = 'backfilling'
-               THEN format('backfill %s %% %s %s / %s', lpad(floor(p.percent)::text, 3), migrate._bar(p.percent, 20, utf8),
+               THEN format('backfill %s %% %s %s / %s', coalesce(lpad(floor(p.percent)::text, 3), '  ?'), migrate._bar(p.percent, 20, utf8),
                            to_char(p.rows_copied, 'FM999,999,999,999,990'), to_char(p.rows_estimated, 'FM999,999,999,999,990'))
                     || coalesce('  ' || to_char(p.rows_per_second, 'FM999,999,999,990') || ' rows/s', '')
                     || coalesce('  ETA ' || migrate._short_time(p.eta), '')
