@@ -21,6 +21,10 @@ void pin_settings() {
                                  {"bytea_output", "hex"}};
     for (auto &setting : settings)
         if (GetConfigOption(setting[0], true, false)) SetConfigOption(setting[0], setting[1], PGC_SUSET, PGC_S_SESSION);
+    // A worker that waited for a synchronous replica would hold its batch's row locks meanwhile, against sessions that
+    // do not wait for it themselves. What a failover loses of a batch it loses whole: rows, queue and checkpoint.
+    if (synchronous_commit > SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
+        SetConfigOption("synchronous_commit", "local", PGC_SUSET, PGC_S_SESSION);
 }
 
 }  // namespace
@@ -76,6 +80,7 @@ bool register_worker(const WorkerStart &start, const char *main_function, const 
 }
 
 bool launch_migration_worker(int32 migration, int32 worker) {
+    if (RecoveryInProgress()) return false;  // it would keep its slot until the promotion
     const WorkerStart start = {MyDatabaseId, migration, worker, GetTopTransactionIdIfAny()};
     char name[BGW_MAXLEN];
     snprintf(name, sizeof name, "migrate_ext worker %d of migration %d", worker, migration);

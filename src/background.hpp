@@ -28,7 +28,7 @@ void worker_sleep(double ms);
 
 bool extension_exists();
 
-// Registers worker number `worker` of a migration in this database. False when no slot is free.
+// Registers worker number `worker` of a migration in this database. False when no slot is free, or in recovery.
 bool launch_migration_worker(int32 migration, int32 worker);
 
 }  // namespace migrate

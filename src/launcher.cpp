@@ -16,6 +16,7 @@ namespace {
 
 constexpr int kRestartSeconds = 10;
 constexpr double kRound = 60 * 1000;
+constexpr int kLook = 5000;  // ms that looking into a database takes at most
 
 struct Databases {
     int count;
@@ -42,8 +43,20 @@ Databases list_databases() {
     return found;
 }
 
-// Looks into one database, and waits for that to end, so that at most one worker slot is used. Without a free slot it
-// tries on with growing pauses; the first failure is logged, then each time their number doubles.
+// Waits for the look to end, so that at most one worker slot is used; not for the worker that may have come of it.
+void wait_for_end(BackgroundWorkerHandle *handle) {
+    const TimestampTz start = GetCurrentTimestamp();
+    pid_t pid;
+    for (;;) {
+        const BgwHandleStatus status = GetBackgroundWorkerPid(handle, &pid);
+        if (status != BGWH_NOT_YET_STARTED && status != BGWH_STARTED) return;
+        if (TimestampDifferenceExceeds(start, GetCurrentTimestamp(), kLook)) return;
+        worker_sleep(100);
+    }
+}
+
+// Looks into one database. Without a free slot it tries on with growing pauses; the first failure is logged, then each
+// time their number doubles.
 void look_into(Oid database) {
     const WorkerStart start = {database, 0, 0, InvalidTransactionId};
     BackgroundWorkerHandle *handle;
@@ -54,7 +67,7 @@ void look_into(Oid database) {
                           errdetail("max_worker_processes is %d.", max_worker_processes)));
         worker_sleep(backoff_ms(tries, 1000, kRound));
     }
-    (void)WaitForBackgroundWorkerShutdown(handle);
+    wait_for_end(handle);
     pfree(handle);
 }
 
@@ -92,18 +105,28 @@ void migrate_launcher_main(Datum) {
     }
 }
 
-// One database: starts a worker for each migration that has work and none.
+// One database: starts a worker for each migration that has work and none. Where the last free slot is its own, it
+// becomes a worker itself: else there would never be one.
 void migrate_resume_main(Datum) {
-    connect_worker(worker_start());
-    auto step = [] {
+    WorkerStart start = worker_start();
+    connect_worker(start);
+    auto step = [&start] {
         if (!extension_exists()) return;
         PushActiveSnapshot(GetTransactionSnapshot());
-        with_extension_owner([] { with_spi([] { run_sql("SELECT migrate._launch_unfinished()"); }); });
+        with_extension_owner([&start] {
+            with_spi([&start] {
+                run_sql("SELECT migrate._launch_unfinished()");
+                const char *left_over = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1);
+                if (left_over) start.migration = pg_strtoint32(left_over);
+            });
+        });
         PopActiveSnapshot();
     };
     ErrorData *error = attempt(Undo::kTransaction, step);
     if (error)
         ereport(LOG,
                 (errcode(error->sqlerrcode), errmsg("migrate_ext: could not resume migrations: %s", error->message)));
+    else if (start.migration != 0)
+        run_worker(start);
     proc_exit(0);
 }

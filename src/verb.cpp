@@ -34,6 +34,13 @@ void read_call(FunctionCallInfo fcinfo, Verb *verb) {
     if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for function %u", fcinfo->flinfo->fn_oid);
     Form_pg_proc proc = (Form_pg_proc)GETSTRUCT(tuple);
     verb->name = pstrdup(NameStr(proc->proname));
+    if (proc->provolatile == PROVOLATILE_VOLATILE && RecoveryInProgress())
+        ereport(
+            ERROR,
+            (errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+             errmsg("cannot execute migrate.%s() during recovery", verb->name),
+             errdetail("This server is a replica: it follows the migration that its primary runs."),
+             errhint("Run it on the primary, or promote this server. The views of schema migrate can be read here.")));
     verb->returns_set = proc->proretset;
     verb->nargs = PG_NARGS() + 1;
     verb->types[0] = REGROLEOID;

@@ -84,6 +84,7 @@ void show(Wait *w, const Look &seen) {
 
 // After a restart without the launcher nobody works: the one who waits starts a worker.
 void launch_missing(Wait *w) {
+    if (RecoveryInProgress()) return;  // on a replica one can only watch
     if (w->launched != 0 && ms_since(w->launched) < kLaunchEvery) return;
     if (w->launches++ >= kLaunches)
         ereport(ERROR, (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

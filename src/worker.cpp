@@ -284,16 +284,11 @@ void show_name(Worker *w) {
 
 }  // namespace
 
-}  // namespace migrate
-
-using namespace migrate;
-
-void migrate_worker_main(Datum) {
+void run_worker(const WorkerStart &start) {
     Worker w;
     memset(&w, 0, sizeof w);
-    w.start = worker_start();
+    w.start = start;
     w.first = true;
-    connect_worker(w.start);
     DEBUG_POINT("worker: connected");
     w.turn_context = AllocSetContextCreate(TopMemoryContext, "migrate_ext turn", ALLOCSET_DEFAULT_SIZES);
     MemoryContextSwitchTo(w.turn_context);
@@ -310,6 +305,16 @@ void migrate_worker_main(Datum) {
         MemoryContextReset(w.turn_context);
     }
     proc_exit(0);
+}
+
+}  // namespace migrate
+
+using namespace migrate;
+
+void migrate_worker_main(Datum) {
+    const WorkerStart start = worker_start();
+    connect_worker(start);
+    run_worker(start);
 }
 
 // migrate._launch_worker(migration integer, worker integer) RETURNS boolean: false when no slot is free

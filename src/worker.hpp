@@ -8,4 +8,7 @@ namespace migrate {
 // Registers the launcher when the library is being preloaded.
 void init_launcher();
 
+// The life of a worker that is connected already; does not return.
+[[noreturn]] void run_worker(const WorkerStart &start);
+
 }  // namespace migrate

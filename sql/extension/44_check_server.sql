@@ -1,5 +1,16 @@
 -- Preflight checks of the server: versions, replicas, old transactions, slots, room.
 
+-- How many replicas a commit waits for, and how many of them answer: those with nothing to say, and those that said something
+-- within the last second.
+CREATE FUNCTION migrate._synchronous_replicas(OUT wanted integer, OUT answering integer)
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN names = '' OR pg_is_in_recovery() THEN 0 ELSE coalesce((regexp_match(names, '^\s*(?:FIRST|ANY)?\s*(\d+)\s*\(', 'i'))[1]::integer, 1) END,
+           (SELECT count(*)::integer FROM pg_stat_replication r
+            WHERE r.sync_state IN ('sync', 'quorum') AND r.state = 'streaming'
+              AND CASE WHEN NOT pg_is_in_recovery() THEN r.flush_lsn >= pg_current_wal_flush_lsn() OR r.reply_time > clock_timestamp() - interval '1 s' END)
+    FROM current_setting('synchronous_standby_names') AS names
+$$;
+
 CREATE FUNCTION migrate._check_server(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     SELECT 'server_version', 'error', format('server version %s is not one of 13 to 18', current_setting('server_version')), 'Upgrade the server first.'
@@ -16,8 +27,12 @@ LANGUAGE sql STABLE AS $$
            format('SELECT migrate.set(%L, ''max_replica_lag'', ''…''); sets the limit.', m.name)
     FROM pg_stat_replication r CROSS JOIN LATERAL (SELECT round(coalesce(extract(epoch FROM r.replay_lag), 0)::numeric * 1000)) AS lag(ms)
     UNION ALL
-    SELECT 'synchronous_replicas', 'info', format('synchronous_standby_names = %s: every batch and every dual write waits for a replica at commit', quote_literal(current_setting('synchronous_standby_names'))), ''
-    WHERE current_setting('synchronous_standby_names') <> ''
+    SELECT 'synchronous_replicas', CASE WHEN s.answering < s.wanted THEN 'error' ELSE 'info' END,
+           format('synchronous_standby_names = %s: ', quote_literal(current_setting('synchronous_standby_names')))
+               || CASE WHEN s.answering < s.wanted THEN format('%s of %s replicas answer; start and cutover would hold their locks until they do', s.answering, s.wanted)
+                       ELSE 'every dual write waits for a replica at commit' END,
+           CASE WHEN s.answering < s.wanted THEN 'Wait for the replica, or take it out of synchronous_standby_names.' ELSE '' END
+    FROM migrate._synchronous_replicas() s WHERE s.wanted > 0
     UNION ALL
     SELECT 'slots', CASE WHEN age > 10000000 OR NOT s.active THEN 'warning' ELSE 'info' END,
            format('replication slot %s (%s) holds back old rows: its oldest transaction is %s transactions old', quote_ident(s.slot_name), CASE WHEN s.active THEN 'active' ELSE 'inactive' END, age),
