@@ -44,7 +44,8 @@ sub database
 }
 
 subtest 'DROP DATABASE WITH (FORCE)' => sub {
-	for my $phase (sort keys %held)
+	# (004 has the other phases.)
+	for my $phase ($ENV{MIGRATE_LONG} ? sort keys %held : qw(dual_writing validating cut_over))
 	{
 		my $session = database('forced', $phase);
 		is(error_of($node, "SET statement_timeout = '30 s'; DROP DATABASE forced WITH (FORCE)"), '', "in phase $phase");
