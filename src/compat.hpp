@@ -1,5 +1,6 @@
 // Every difference between server versions, and nothing else.
 #pragma once
+#include "md5.hpp"
 #include "pg.hpp"
 
 #if PG_VERSION_NUM < 130000 || PG_VERSION_NUM >= 190000
@@ -58,6 +59,63 @@ inline int pid_of(const VirtualTransactionId &vxid) {
 constexpr int kMaintenanceFlags = PROC_IS_AUTOVACUUM | PROC_IN_VACUUM | PROC_IN_SAFE_IC;
 #else
 constexpr int kMaintenanceFlags = PROC_IS_AUTOVACUUM | PROC_IN_VACUUM;
+#endif
+
+// PostgreSQL 13 has no multiranges.
+inline bool is_multirange(Oid type) {
+#if PG_VERSION_NUM >= 140000
+    return type_is_multirange(type);
+#else
+    return false;
+#endif
+}
+
+// MD5 of a stream, by the server's own facility (which knows of FIPS mode) where there is one. A NULL, or a result
+// below 0, is a failure.
+#if PG_VERSION_NUM >= 140000
+using Md5Stream = pg_cryptohash_ctx;
+inline Md5Stream *md5_create(MemoryContext context) {
+    MemoryContext caller = MemoryContextSwitchTo(context);
+    Md5Stream *stream = pg_cryptohash_create(PG_MD5);
+    MemoryContextSwitchTo(caller);
+    return stream;
+}
+inline int md5_begin(Md5Stream *stream) {
+    return pg_cryptohash_init(stream);
+}
+inline int md5_update(Md5Stream *stream, const uint8 *data, size_t length) {
+    return pg_cryptohash_update(stream, data, length);
+}
+inline int md5_final(Md5Stream *stream, uint8 *digest) {
+#if PG_VERSION_NUM >= 150000
+    return pg_cryptohash_final(stream, digest, Md5::kDigest);
+#else
+    return pg_cryptohash_final(stream, digest);
+#endif
+}
+inline void md5_free(Md5Stream *stream) {
+    pg_cryptohash_free(stream);
+}
+#else
+using Md5Stream = Md5;
+inline Md5Stream *md5_create(MemoryContext context) {
+    return static_cast<Md5Stream *>(MemoryContextAlloc(context, sizeof(Md5Stream)));
+}
+inline int md5_begin(Md5Stream *stream) {
+    *stream = Md5();
+    return 0;
+}
+inline int md5_update(Md5Stream *stream, const uint8 *data, size_t length) {
+    stream->update(data, length);
+    return 0;
+}
+inline int md5_final(Md5Stream *stream, uint8 *digest) {
+    stream->final(digest);
+    return 0;
+}
+inline void md5_free(Md5Stream *stream) {
+    pfree(stream);
+}
 #endif
 
 }  // namespace migrate

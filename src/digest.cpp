@@ -8,11 +8,11 @@ namespace {
 // the cryptohash facility and to a resource owner: after an error the owner frees it, otherwise finish() or the
 // aggregate's shutdown callback does (a final function need not be called: LIMIT, a closed cursor).
 struct Stream {
-    pg_cryptohash_ctx *hash;  // NULL once finished
-    bool begun;               // md5_agg: a separator goes before the next value
+    Md5Stream *hash;  // NULL once finished
+    bool begun;       // md5_agg: a separator goes before the next value
     int used;
     char pending[1024];  // short pieces are collected: a call of the hash costs more than they do
-    char hex[2 * MD5_DIGEST_LENGTH + 1];
+    char hex[2 * Md5::kDigest + 1];
     // ordered_md5 only
     MemoryContext context;
     MemoryContext row;  // reset with every row
@@ -28,22 +28,22 @@ void check(int result) {
 
 void release(Datum state) {
     Stream *stream = reinterpret_cast<Stream *>(DatumGetPointer(state));
-    if (stream->hash != NULL) pg_cryptohash_free(stream->hash);
+    if (stream->hash != NULL) md5_free(stream->hash);
     stream->hash = NULL;
 }
 
 Stream *begin(FunctionCallInfo fcinfo, MemoryContext context) {
     Stream *stream = static_cast<Stream *>(MemoryContextAllocZero(context, sizeof(Stream)));
     stream->context = context;
-    stream->hash = pg_cryptohash_create(PG_MD5);
+    stream->hash = md5_create(context);
     if (stream->hash == NULL) ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
     AggRegisterCallback(fcinfo, release, PointerGetDatum(stream));
-    check(pg_cryptohash_init(stream->hash));
+    check(md5_begin(stream->hash));
     return stream;
 }
 
 void hash_bytes(Stream *stream, const char *data, size_t length) {
-    check(pg_cryptohash_update(stream->hash, reinterpret_cast<const uint8 *>(data), length));
+    check(md5_update(stream->hash, reinterpret_cast<const uint8 *>(data), length));
 }
 
 void flush(Stream *stream) {
@@ -61,12 +61,12 @@ void put(Stream *stream, std::string_view bytes) {
 // The digest stays in the state, for the executor may ask a hashed group for it again when it rescans.
 const char *finish(Stream *stream) {
     static const char digits[] = "0123456789abcdef";
-    uint8 digest[MD5_DIGEST_LENGTH];
+    uint8 digest[Md5::kDigest];
     if (stream->hash == NULL) return stream->hex;
     flush(stream);
-    check(pg_cryptohash_final(stream->hash, digest, sizeof(digest)));
+    check(md5_final(stream->hash, digest));
     release(PointerGetDatum(stream));
-    for (int i = 0; i < MD5_DIGEST_LENGTH; i++) {
+    for (size_t i = 0; i < Md5::kDigest; i++) {
         stream->hex[2 * i] = digits[digest[i] >> 4];
         stream->hex[2 * i + 1] = digits[digest[i] & 15];
     }

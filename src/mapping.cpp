@@ -90,8 +90,7 @@ bool literal_runs_user_code(Oid type) {
     if (OidIsValid(element)) return literal_runs_user_code(element);
     const char kind = get_typtype(type);
     return kind == TYPTYPE_COMPOSITE || kind == TYPTYPE_DOMAIN ||
-           (type >= FirstNormalObjectId && type_is_range(type)) ||
-           (type >= FirstNormalObjectId && type_is_multirange(type));
+           (type >= FirstNormalObjectId && type_is_range(type)) || (type >= FirstNormalObjectId && is_multirange(type));
 }
 
 bool find_unsafe_literal(Node *node, Oid *type) {

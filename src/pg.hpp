@@ -32,7 +32,9 @@ extern "C" {
 #include "commands/extension.h"
 #include "commands/trigger.h"
 #include "commands/view.h"
+#if __has_include("common/cryptohash.h")  // since PostgreSQL 14
 #include "common/cryptohash.h"
+#endif
 #include "common/md5.h"
 #include "executor/executor.h"
 #include "executor/spi.h"

@@ -157,6 +157,16 @@ copy_server() {
     as_user mkdir -p "$(dirname "$T/pg${includedir#"$prefix"}")"
     as_user ln -s "$includedir" "$T/pg${includedir#"$prefix"}"
     BIN=$T/pg${bindir#"$prefix"}
+    # Debian's PostgreSQL 13 relocates like any other, but its pg_config says where the package has put things.
+    if [ "$("$BIN/pg_config" --sharedir)" = "$sharedir" ]; then
+        as_user mv "$BIN/pg_config" "$BIN/pg_config.package"
+        { echo '#!/bin/bash'
+          printf '"%s" "$@" | sed -E' "$BIN/pg_config.package"
+          for folder in "$bindir" "$pkglibdir" "$sharedir" "$includedir"; do
+              printf " -e 's:(^|= )%s(/|\$):\\\\1%s\\\\2:'" "$folder" "$T/pg${folder#"$prefix"}"
+          done; echo; } | as_user tee "$BIN/pg_config" >/dev/null
+        as_user chmod 755 "$BIN/pg_config"
+    fi
     PG_CONFIG=$BIN/pg_config
     [ "$("$PG_CONFIG" --sharedir)" = "$T/pg${sharedir#"$prefix"}" ] ||
         die "the copy of the server in $T looks for its files in $("$PG_CONFIG" --sharedir)"
