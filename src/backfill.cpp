@@ -85,29 +85,38 @@ void same_key(Sql &sql, const Mapping *m) {
     }
 }
 
-// WITH locked AS MATERIALIZED (SELECT * FROM view v WHERE <range> FOR SHARE SKIP LOCKED),
-//      copied AS (INSERT INTO dest … SELECT … FROM locked v … RETURNING 1)
-// SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied),
-//        (SELECT array_agg(v.key) FROM view v WHERE <range> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
-char *copy_sql(const Mapping *m, const Range &range) {
-    const char *condition = in_range(m, range);
-    Sql sql;
+// WITH locked AS MATERIALIZED (SELECT v.* FROM view v WHERE <condition> FOR SHARE SKIP LOCKED)
+void locked_rows(Sql &sql, const Mapping *m, const char *condition) {
     sql.add("WITH locked AS MATERIALIZED (SELECT v.* FROM ")
         .relation(m->view)
         .add(" v WHERE ")
         .add(condition)
-        .add(is_mutant(mutant::no_row_lock) ? "" : " FOR SHARE OF v SKIP LOCKED")
-        .add("), copied AS (");
-    insert_from(sql, m, "locked", "true");
-    sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
-    view_key_text(sql, m, "v");
-    sql.add(") FROM ")
+        .add(is_mutant(mutant::no_row_lock) ? ")" : " FOR SHARE OF v SKIP LOCKED)");
+}
+
+// FROM view v WHERE <condition> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k)
+void from_not_locked(Sql &sql, const Mapping *m, const char *condition) {
+    sql.add(" FROM ")
         .relation(m->view)
         .add(" v WHERE ")
         .add(condition)
         .add(" AND NOT EXISTS (SELECT FROM locked l WHERE ");
     same_key(sql, m);
-    sql.add("))");
+    sql.add(")");
+}
+
+// WITH locked AS …, copied AS (INSERT INTO dest … SELECT … FROM locked v … RETURNING 1)
+// SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied),
+//        (SELECT array_agg(v.key) FROM view v WHERE <range> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
+char *copy_sql(const Mapping *m, const Range &range) {
+    const char *condition = in_range(m, range);
+    Sql sql;
+    locked_rows(sql, m, condition);
+    insert_from(sql.add(", copied AS ("), m, "locked", "true");
+    sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
+    view_key_text(sql, m, "v");
+    from_not_locked(sql.add(")"), m, condition);
+    sql.add(")");
     return pstrdup(sql.c_str());
 }
 
@@ -170,7 +179,31 @@ bool lock_keys(const Mapping *m, KeyArrays keys) {
     return DatumGetBool(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
 }
 
-// The rows of one list of keys made right; false, and nothing done, where one of them is locked by somebody else.
+// Upserts the view's rows with these keys; true when none was left out. What is written is read under a row lock: a row
+// that was not there yet when lock_keys looked could else change, or go, between the read and the write.
+// WITH locked AS …, [updated AS (UPDATE dest d SET … FROM locked v … RETURNING 1),] copied AS (INSERT INTO dest …
+//      SELECT … FROM locked v … RETURNING 1)
+// SELECT NOT EXISTS (SELECT FROM view v WHERE <keys> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
+bool upsert_locked(const Mapping *m, KeyArrays keys) {
+    const char *condition = view_key_in_params(m);
+    Sql sql, update;
+    locked_rows(sql, m, condition);
+    if (m->partial && update_from(update, m, "locked", "true"))
+        sql.add(", updated AS (").add(update.c_str()).add(" RETURNING 1)");
+    insert_from(sql.add(", copied AS ("), m, "locked", "true");
+    sql.add(" RETURNING 1) SELECT NOT EXISTS (SELECT");
+    from_not_locked(sql, m, condition);
+    sql.add(")");
+    Oid types[INDEX_MAX_KEYS];
+    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    SPIPlanPtr plan = SPI_prepare(sql.c_str(), m->nparams, types);
+    if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
+    run_latest(plan, keys, NULL);
+    bool isnull;
+    return DatumGetBool(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
+}
+
+// The rows of one list of keys made right; false where one of them is locked by somebody else.
 // The lock on dest's row keeps a writer of the same key from getting between the look and the delete.
 bool apply_locked(Mapping *m, Datum keys) {
     KeyArrays arrays = typed_arrays(m, keys);
@@ -179,9 +212,9 @@ bool apply_locked(Mapping *m, Datum keys) {
     DEBUG_POINT("keys: rows locked");
     if (m->carry_delete) remove_keys(m, arrays);
     DEBUG_POINT("keys: deletes done");
-    upsert_keys(m, arrays);
+    const bool all = upsert_locked(m, arrays);
     DEBUG_POINT("keys: upserts done");
-    return true;
+    return all;
 }
 
 Datum one_key(ArrayType *keys, int index, int width, Datum *elements, bool *nulls) {
