@@ -86,12 +86,12 @@ void same_key(Sql &sql, const Mapping *m) {
 }
 
 // WITH locked AS MATERIALIZED (SELECT v.* FROM view v WHERE <condition> FOR SHARE SKIP LOCKED)
-void locked_rows(Sql &sql, const Mapping *m, const char *condition) {
+void locked_rows(Sql &sql, const Mapping *m, const char *condition, bool lock) {
     sql.add("WITH locked AS MATERIALIZED (SELECT v.* FROM ")
         .relation(m->view)
         .add(" v WHERE ")
         .add(condition)
-        .add(is_mutant(mutant::no_row_lock) ? ")" : " FOR SHARE OF v SKIP LOCKED)");
+        .add(lock ? " FOR SHARE OF v SKIP LOCKED)" : ")");
 }
 
 // FROM view v WHERE <condition> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k)
@@ -111,7 +111,7 @@ void from_not_locked(Sql &sql, const Mapping *m, const char *condition) {
 char *copy_sql(const Mapping *m, const Range &range) {
     const char *condition = in_range(m, range);
     Sql sql;
-    locked_rows(sql, m, condition);
+    locked_rows(sql, m, condition, !is_mutant(mutant::no_row_lock));
     insert_from(sql.add(", copied AS ("), m, "locked", "true");
     sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
     view_key_text(sql, m, "v");
@@ -187,7 +187,7 @@ bool lock_keys(const Mapping *m, KeyArrays keys) {
 bool upsert_locked(const Mapping *m, KeyArrays keys) {
     const char *condition = view_key_in_params(m);
     Sql sql, update;
-    locked_rows(sql, m, condition);
+    locked_rows(sql, m, condition, !is_mutant(mutant::no_key_lock));
     if (m->partial && update_from(update, m, "locked", "true"))
         sql.add(", updated AS (").add(update.c_str()).add(" RETURNING 1)");
     insert_from(sql.add(", copied AS ("), m, "locked", "true");
