@@ -94,8 +94,12 @@ BEGIN
         PERFORM migrate._launch(m);
         RETURN format('%s -> %s', m.phase, m.phase);
     END IF;
-    PERFORM migrate._preflight_errors(m.id);
-    SELECT array_agg(DISTINCT r ORDER BY r) INTO tables FROM migrate._flow f, LATERAL migrate._partition_tree(f.source) r WHERE f.migration = m.id;
+    BEGIN  -- undone, so that no lock of what is read here stays
+        PERFORM migrate._preflight_errors(m.id);
+        SELECT array_agg(DISTINCT r ORDER BY r) INTO tables FROM migrate._flow f, LATERAL migrate._partition_tree(f.source) r WHERE f.migration = m.id;
+        PERFORM migrate._undo();
+    EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
+    END;
     PERFORM migrate._under_locks(m, caller, 'start', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
         format('SELECT migrate._arm(%s)', m.id), clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
     UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;

@@ -197,12 +197,7 @@ BEGIN
             CASE WHEN m.phase = 'cut_over' THEN format('SELECT migrate.rollback(%L); goes back to the source first.', m.name)
                  ELSE format('SELECT migrate.drop(%L); forgets the migration.', m.name) END);
     END IF;
-    -- Views before tables, the order in which applications lock them.
-    PERFORM migrate._restore_views(m, caller);
-    -- @point cancel: views restored
-    IF m.phase <> 'planned' THEN
-        PERFORM migrate._under_trigger_locks(m, caller, 'be cancelled', 'ACCESS EXCLUSIVE', format('SELECT migrate._drop_all_triggers(%s)', m.id));
-    END IF;
+    PERFORM migrate._dismantle(m, caller, 'be cancelled', CASE WHEN m.phase <> 'planned' THEN migrate._trigger_tables(m) END);
     -- @point cancel: triggers dropped
     UPDATE migrate._migration x SET paused_since = NULL, paused_reason = NULL, failed_since = NULL, failed_reason = NULL,
            throttled_since = NULL, throttled_reason = NULL, both_directions = false
@@ -235,7 +230,11 @@ BEGIN
     PERFORM migrate._require_under_way(m, 'retried');
     UPDATE migrate._failure x SET retry_at = clock_timestamp() FROM migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     GET DIAGNOSTICS due = ROW_COUNT;
-    gap := EXISTS (SELECT FROM migrate._gaps(m.id));
+    BEGIN  -- undone, so that no lock of what is read here stays
+        gap := EXISTS (SELECT FROM migrate._gaps(m.id));
+        PERFORM migrate._undo();
+    EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
+    END;
     IF m.failed_since IS NULL AND due = 0 AND NOT gap THEN
         RAISE NOTICE 'migration "%" has nothing to retry', m.name;
         PERFORM migrate._launch(m);
@@ -255,8 +254,11 @@ END $$;
 -- Creates the triggers again. Writes may have passed them meanwhile, so what was validated before counts for nothing.
 CREATE FUNCTION migrate._rearm(m migrate._migration, caller regrole) RETURNS void
 LANGUAGE plpgsql AS $$
+DECLARE
+    tables regclass[] := migrate._trigger_tables(m);
 BEGIN
-    PERFORM migrate._under_trigger_locks(m, caller, 'arm its dual writes again', 'SHARE ROW EXCLUSIVE', format('SELECT migrate._create_all_triggers(%s)', m.id));
+    PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
+        format('SELECT migrate._create_all_triggers(%s)', m.id), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     IF m.phase IN ('shadowing', 'ready') THEN
         PERFORM migrate._move(m, caller, 'validating', 'the dual writes had a gap and were armed again');
     ELSIF m.phase = 'validating' THEN
@@ -267,8 +269,8 @@ BEGIN
     END IF;
 END $$;
 
--- Executes body under locks on every table that carries triggers of this migration.
-CREATE FUNCTION migrate._under_trigger_locks(m migrate._migration, caller regrole, goal text, mode text, body text) RETURNS void
+-- The tables that carry triggers of this migration, partitions included; their locks for reading are given back.
+CREATE FUNCTION migrate._trigger_tables(m migrate._migration) RETURNS regclass[]
 LANGUAGE plpgsql AS $$
 DECLARE
     tables regclass[];
@@ -276,8 +278,9 @@ BEGIN
     SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
     FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow, LATERAL migrate._partition_tree(p.origin) r
     WHERE f.migration = m.id AND (p.direction = 'forward' OR m.both_directions);
-    PERFORM migrate._under_locks(m, caller, goal, tables, array_fill(mode, ARRAY[cardinality(tables)]), body,
-        clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
+    PERFORM migrate._undo();
+EXCEPTION WHEN SQLSTATE 'MGUND' THEN
+    RETURN tables;
 END $$;
 
 CREATE FUNCTION migrate._create_all_triggers(m_id integer) RETURNS text
@@ -292,17 +295,6 @@ BEGIN
     END IF;
     PERFORM migrate._note_fingerprints(m);
     RETURN 'armed';
-END $$;
-
-CREATE FUNCTION migrate._drop_all_triggers(m_id integer) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    m migrate._migration;
-BEGIN
-    SELECT * INTO m FROM migrate._migration x WHERE x.id = m_id;
-    PERFORM migrate._drop_triggers(m, 'forward');
-    PERFORM migrate._drop_triggers(m, 'reverse');
-    RETURN 'disarmed';
 END $$;
 
 -- The throttle in force, for people.

@@ -7,6 +7,12 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_old_snapshots';
 CREATE FUNCTION migrate._lock_relations(relations regclass[], modes text[], budget_ms integer) RETURNS double precision
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_lock_relations';
 
+-- Ends a block that is to be undone: BEGIN …; PERFORM migrate._undo(); EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL; END. What it read
+-- into variables stays, its locks do not. A verb reads first and then waits, and while it waits, even a lock for reading would
+-- hold up the application's TRUNCATE or LOCK TABLE, and everybody behind that.
+CREATE FUNCTION migrate._undo() RETURNS void
+LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION USING ERRCODE = 'MGUND'; END $$;
+
 CREATE FUNCTION migrate._seconds(duration interval) RETURNS text
 LANGUAGE sql IMMUTABLE AS $$ SELECT round(greatest(extract(epoch FROM duration), 0)::numeric, 1) || ' s' $$;
 
@@ -25,7 +31,8 @@ $$;
 
 -- Who holds a lock that conflicts with the wanted ones, and was there already when the attempt began: short transactions come
 -- and go. Prepared transactions have no PID (0 here).
-CREATE FUNCTION migrate._blockers(caller regrole, relations regclass[], modes text[], attempt_began timestamptz) RETURNS TABLE (pid integer, description text)
+CREATE FUNCTION migrate._blockers(caller regrole, relations regclass[], modes text[], attempt_began timestamptz)
+RETURNS TABLE (pid integer, description text, ending text)
 LANGUAGE sql VOLATILE AS $$
     SELECT pg_stat_clear_snapshot();
     WITH wanted AS (
@@ -40,11 +47,13 @@ LANGUAGE sql VOLATILE AS $$
           AND (w.mode = 'ACCESS EXCLUSIVE' OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
         GROUP BY 1, 2
     )
-    SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_backend(caller, h.pid)
-                       ELSE coalesce((SELECT format('prepared transaction %L', p.gid) FROM pg_prepared_xacts p
-                                      WHERE h.virtualtransaction = '-1/' || p.transaction), 'a prepared transaction') END
-                  || ' holds ' || h.holds
+    SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_backend(caller, h.pid) ELSE coalesce(format('prepared transaction %L', p.gid), 'a prepared transaction') END
+                  || ' holds ' || h.holds,
+           CASE WHEN h.pid > 0 THEN format('SELECT pg_terminate_backend(%s);', h.pid) ELSE format('COMMIT PREPARED %1$L; or ROLLBACK PREPARED %1$L;', p.gid) END
     FROM holder h
+    -- A prepared transaction is known by the lock on its own ID.
+    LEFT JOIN (pg_locks x JOIN pg_prepared_xacts p ON p.transaction = x.transactionid)
+        ON h.pid = 0 AND x.locktype = 'transactionid' AND x.granted AND x.pid IS NULL AND x.virtualtransaction = h.virtualtransaction
     WHERE h.pid = 0 OR EXISTS (SELECT FROM pg_stat_activity a WHERE a.pid = h.pid AND a.xact_start <= attempt_began)
     ORDER BY h.pid
 $$;
@@ -69,7 +78,7 @@ DECLARE
     attempt_began timestamptz;
     last timestamptz := CASE WHEN migrate._holds_locks() THEN least(deadline, clock_timestamp() + interval '1 s') ELSE deadline END;
     pause_ms numeric := 200;
-    pids integer[];
+    endings text[];
     present text[];
 BEGIN
     attempts := 0;
@@ -84,13 +93,13 @@ BEGIN
             EXECUTE body INTO result;
             PERFORM set_config('lock_timeout', before, true);
             IF dry_run THEN
-                RAISE EXCEPTION USING ERRCODE = 'MGDRY';
+                PERFORM migrate._undo();
             END IF;
             RETURN;
         EXCEPTION
-            WHEN SQLSTATE 'MGDRY' THEN RETURN;
+            WHEN SQLSTATE 'MGUND' THEN RETURN;
             WHEN lock_not_available OR deadlock_detected THEN
-                SELECT array_agg(b.pid), array_agg(b.description) INTO pids, present
+                SELECT array_agg(b.ending), array_agg(b.description) INTO endings, present
                 FROM migrate._blockers(caller, relations, modes, attempt_began) b;
         END;
         blockers := coalesce(present, blockers);
@@ -103,6 +112,6 @@ BEGIN
                                 attempts, budget),
                   CASE WHEN last < deadline THEN 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer.' END,
                   array_to_string(nullif(blockers, '{}'), E'\n')),
-        CASE WHEN pids[1] > 0 THEN format('Wait until it ends, or end it with SELECT pg_terminate_backend(%s); then call this again.', pids[1])
+        CASE WHEN endings[1] IS NOT NULL THEN format('Wait until it ends, or end it with %s then call this again.', endings[1])
              ELSE 'Call it again when there is less traffic.' END);
 END $$;

@@ -305,24 +305,45 @@ BEGIN
     RETURN migrate._relation_name(f.source);
 END $$;
 
--- Before the source is left to itself again (cancel, drop): tables that stepped aside get their names back. The other views
--- stay, over the source, for applications may use them. Returns a sentence on what is left, or NULL.
-CREATE FUNCTION migrate._restore_views(m migrate._migration, caller regrole DEFAULT NULL) RETURNS text
+-- Before the source is left to itself again (cancel, drop): tables that stepped aside get their names back and the triggers go, all
+-- in one attempt, so that no view is held while a table is waited for. Views come before tables, the order in which applications
+-- lock them. `also`: what else is to be locked. The other views stay, over the source, for applications may use them. Returns a
+-- sentence on what is left, or NULL.
+CREATE FUNCTION migrate._dismantle(m migrate._migration, caller regrole, goal text, also regclass[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
-    v migrate._view;
-    f migrate._flow;
+    relations regclass[];
     left_over text;
 BEGIN
-    FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m.id AND x.shape = 'source' ORDER BY x.view LOOP
-        SELECT * INTO f FROM migrate._flow x WHERE x.id = v.flow;
-        PERFORM migrate._under_locks(m, caller, format('give table %s its name back', f.source), ARRAY[v.view, f.source], '{ACCESS EXCLUSIVE,ACCESS EXCLUSIVE}',
-            format('SELECT migrate._step_back(%s, %s)', m.id, v.view::oid),
-            clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
-    END LOOP;
+    WITH aside AS (
+        SELECT v.view, f.source FROM migrate._view v JOIN pg_class c ON c.oid = v.view JOIN migrate._flow f ON f.id = v.flow
+        WHERE v.migration = m.id AND v.shape = 'source'
+    ), wanted AS (
+        SELECT 1 AS rank, a.view AS relation FROM aside a UNION SELECT 2, a.source FROM aside a UNION SELECT 2, r FROM unnest(also) r
+    )
+    SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid) INTO relations FROM wanted w;
+    IF relations IS NOT NULL THEN
+        PERFORM migrate._under_locks(m, caller, goal, relations, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(relations)]),
+            format('SELECT migrate._dismantle_now(%s)', m.id), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+    END IF;
     SELECT string_agg(x.view::text, ', ' ORDER BY x.view::text) INTO left_over FROM migrate._view x JOIN pg_class c ON c.oid = x.view
     WHERE x.migration = m.id AND x.shape = 'target';
     RETURN 'left over the source: view ' || left_over;
+END $$;
+
+CREATE FUNCTION migrate._dismantle_now(m_id integer) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
+    v oid;
+BEGIN
+    FOR v IN SELECT x.view FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id AND x.shape = 'source' ORDER BY x.view LOOP
+        PERFORM migrate._step_back(m_id, v);
+    END LOOP;
+    -- @point cancel: views restored
+    PERFORM migrate._drop_triggers(m, 'forward');
+    PERFORM migrate._drop_triggers(m, 'reverse');
+    RETURN 'dismantled';
 END $$;
 
 CREATE FUNCTION migrate._step_back(migration integer, view oid) RETURNS text

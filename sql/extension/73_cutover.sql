@@ -50,6 +50,16 @@ BEGIN
         migrate._relation_name(relation))) r);
 END $$;
 
+-- As pg_sequence_last_value(), which would lock the sequence until the transaction ends (even if it is undone).
+CREATE FUNCTION migrate._last_value(sequence regclass) RETURNS bigint
+LANGUAGE plpgsql AS $$
+DECLARE
+    value bigint;
+BEGIN
+    EXECUTE format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence)) INTO value;
+    RETURN value;
+END $$;
+
 -- Where each sequence must stand so that its next value is new on both sides: past every value of the columns and past every sequence
 -- that feeds them, in its own step. beyond: that value, where the sequence cannot reach it. floors: values found earlier, by a scan.
 CREATE FUNCTION migrate._sequence_targets(m_id integer, floors jsonb DEFAULT NULL)
@@ -61,14 +71,14 @@ LANGUAGE sql VOLATILE AS $$
         SELECT l.sequence, migrate._extreme(l.relation, l.attnum, s.seqincrement < 0, floors IS NOT NULL) AS value
         FROM links l JOIN pg_sequence s ON s.seqrelid = l.sequence
         UNION ALL
-        SELECT l.sequence, pg_sequence_last_value(k.sequence) FROM links l JOIN links k USING (relation, attnum)
+        SELECT l.sequence, migrate._last_value(k.sequence) FROM links l JOIN links k USING (relation, attnum)
         UNION ALL
         SELECT o.sequence, (floors ->> o.sequence::oid::text)::numeric FROM own o
     ), best AS (
         SELECT f.sequence, s.*, CASE WHEN s.seqincrement > 0 THEN max(f.value) ELSE min(f.value) END AS value
         FROM found f JOIN pg_sequence s ON s.seqrelid = f.sequence GROUP BY f.sequence, s.seqrelid, s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle
     ), stepped AS (
-        SELECT b.*, b.seqstart + ceil((b.value - b.seqstart) / b.seqincrement) * b.seqincrement AS goal, pg_sequence_last_value(b.sequence) AS now
+        SELECT b.*, b.seqstart + ceil((b.value - b.seqstart) / b.seqincrement) * b.seqincrement AS goal, migrate._last_value(b.sequence) AS now
         FROM best b
     )
     SELECT t.sequence,
@@ -200,14 +210,18 @@ BEGIN
     END IF;
 
     deadline := clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms';
-    PERFORM migrate._require_gates(m, caller, CASE WHEN rehearsal THEN 'target' ELSE side END, false, skipped);
+    BEGIN  -- undone, so that no lock of what is read here stays
+        PERFORM migrate._require_gates(m, caller, CASE WHEN rehearsal THEN 'target' ELSE side END, false, skipped);
+        SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') INTO floors FROM migrate._sequence_targets(m.id) t;
+        SELECT * INTO locks FROM migrate._switch_locks(m.id);
+        PERFORM migrate._undo();
+    EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
+    END;
     -- @point switch: gates checked
-    SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') INTO floors FROM migrate._sequence_targets(m.id) t;
     IF 'snapshots' <> ALL (skipped) THEN
         PERFORM migrate._wait_for_snapshots(m, caller, goal, deadline);
     END IF;
     -- @point switch: old snapshots gone
-    SELECT * INTO locks FROM migrate._switch_locks(m.id);
     SELECT * INTO done FROM migrate._under_locks(m, caller, goal, locks.relations, locks.modes,
         CASE WHEN rehearsal THEN format('SELECT migrate._switch_there_and_back(%s, %L, %L, %L)', m.id, caller, skipped, floors)
              ELSE format('SELECT migrate._switch_sides(%s, %L, %L, %L, %L, %L)', m.id, caller, side, skipped, floors, NOT dry_run) END,

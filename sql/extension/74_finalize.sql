@@ -183,11 +183,15 @@ BEGIN
     IF m.phase = 'cut_over' THEN
         PERFORM migrate._require_window_closed(m, force);
     END IF;
-    SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns
-    FROM migrate._columns_to_drop(m, drop_columns) c;
-    SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
-    FROM migrate._flow f, LATERAL unnest(ARRAY[f.source, f.target]) s(root), LATERAL migrate._partition_tree(s.root) r
-    WHERE f.migration = m.id AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.root);
+    BEGIN  -- undone, so that no lock of what is read here stays
+        SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns
+        FROM migrate._columns_to_drop(m, drop_columns) c;
+        SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
+        FROM migrate._flow f, LATERAL unnest(ARRAY[f.source, f.target]) s(root), LATERAL migrate._partition_tree(s.root) r
+        WHERE f.migration = m.id AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.root);
+        PERFORM migrate._undo();
+    EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
+    END;
     SELECT * INTO done FROM migrate._under_locks(m, caller, 'be finalized', tables, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
         format('SELECT migrate._finalize_now(%s, %L, %L, %L)', m.id, caller, drop_source, columns),
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
@@ -230,7 +234,9 @@ BEGIN
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
     END IF;
     IF m.phase <> 'finalized' THEN
-        left_over := migrate._restore_views(m, caller);
+        -- A validation of the migration may still be reading the mapping views.
+        left_over := migrate._dismantle(m, caller, 'be dropped',
+            ARRAY(SELECT p.view FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.view WHERE f.migration = m.id ORDER BY 1));
         -- @point drop: views restored
     END IF;
     PERFORM migrate._drop_mapping_views(m.id);
