@@ -7,7 +7,7 @@ CREATE SEQUENCE migrate._validation_run;
 
 CREATE TABLE migrate._validation (
     run        bigint NOT NULL,
-    migration  integer NOT NULL REFERENCES migrate._migration ON DELETE CASCADE,
+    migration  integer NOT NULL,  -- (a foreign key would keep its row locked while validate() runs, and pause() waiting)
     flow       integer NOT NULL REFERENCES migrate._flow ON DELETE CASCADE,
     flows      integer[] NOT NULL,
     label      text NOT NULL,
