@@ -227,7 +227,7 @@ BEGIN
     WHEN 'copy' THEN
         SELECT c.rows, c.wait_ms, coalesce(c.next_batch, j.batch) INTO rows, wait_ms, next_batch FROM migrate._run_copy(m, j) c;
     WHEN 'requeue' THEN
-        rest := migrate._run_requeue(m, j.flow);
+        rest := migrate._run_requeue(m, j.flow, tries);
     WHEN 'retry' THEN
         rest := migrate._run_retry(m, j);
     WHEN 'advance' THEN

@@ -50,17 +50,22 @@ BEGIN
     END IF;
 END $$;
 
--- Rows that a batch skipped because they were locked. Returns how many still are.
-CREATE FUNCTION migrate._run_requeue(m migrate._migration, flow integer) RETURNS bigint
+-- Rows that a batch skipped because they were locked: a portion of the queue, the next one after each that was locked altogether.
+-- Keys that still are stay where they are, for whoever locks them for hours keeps dead rows from being vacuumed away. Returns how
+-- many are locked, if all of the portion are.
+CREATE FUNCTION migrate._run_requeue(m migrate._migration, flow integer, tries integer) RETURNS bigint
 LANGUAGE plpgsql AS $$
 DECLARE
     places tid[];
     keys text[];
     locked text[];
     rest bigint;
+    queued bigint := (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow);
+    portions bigint := greatest((queued + 999) / 1000, 1);
 BEGIN
     SELECT array_agg(q.ctid), array_agg(q.key) INTO places, keys
-    FROM (SELECT x.ctid, x.key FROM migrate._requeue x WHERE x.flow = _run_requeue.flow ORDER BY x.at LIMIT 1000) q;
+    FROM (SELECT x.ctid, x.key FROM migrate._requeue x WHERE x.flow = _run_requeue.flow ORDER BY x.at
+          LIMIT 1000 OFFSET 1000 * ((tries - 1) % portions)) q;
     BEGIN
         locked := migrate._apply_keys(flow, 'forward', keys);
     EXCEPTION WHEN OTHERS THEN
@@ -72,13 +77,12 @@ BEGIN
         locked := migrate._apply_each(flow, keys);
     END;
     -- @point requeue: keys applied
-    DELETE FROM migrate._requeue q WHERE q.ctid = ANY (places);
+    DELETE FROM migrate._requeue q WHERE q.ctid = ANY (places)
+        AND q.key NOT IN (SELECT migrate._key_row(locked, i) FROM generate_subscripts(locked, 1) i);
     -- @point requeue: keys taken off
-    PERFORM migrate._requeue_keys(flow, locked);
-    -- @point requeue: locked keys back in
     rest := coalesce(array_length(locked, 1), 0);
     PERFORM migrate._note(m.id, 0, CASE WHEN rest > 0 THEN format('waiting for %s locked rows%s',
-        (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow), coalesce(', locked by ' || migrate._lockers(flow, locked), '')) END);
+        queued - cardinality(places) + rest, coalesce(', locked by ' || migrate._lockers(flow, locked), '')) END);
     RETURN CASE WHEN rest = cardinality(places) THEN rest ELSE 0 END;
 END $$;
 
@@ -169,7 +173,9 @@ BEGIN
                 DELETE FROM migrate._failure d WHERE d.id = ANY (x.ids);
                 -- @point retry: records deleted
             ELSE
-                UPDATE migrate._failure d SET retry_at = clock_timestamp() + interval '200 ms' WHERE d.id = ANY (x.ids);
+                -- The longer it has lasted, the less often: each look leaves a dead row, which whoever holds the lock keeps.
+                UPDATE migrate._failure d SET retry_at = clock_timestamp() + least(interval '10 s', greatest(interval '200 ms', (clock_timestamp() - d.first_at) / 10))
+                WHERE d.id = ANY (x.ids);
             END IF;
         EXCEPTION WHEN OTHERS THEN
             state := SQLSTATE;
