@@ -6,7 +6,6 @@ namespace {
 // At session level and not as defaults: reset_val still tells the database's own settings.
 void pin_settings() {
     const char *settings[][2] = {{"statement_timeout", "0"},
-                                 {"lock_timeout", "100ms"},
                                  {"jit", "off"},
                                  {"idle_in_transaction_session_timeout", "0"},
                                  {"transaction_timeout", "0"},
@@ -25,12 +24,23 @@ void pin_settings() {
     // do not wait for it themselves. What a failover loses of a batch it loses whole: rows, queue and checkpoint.
     if (synchronous_commit > SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
         SetConfigOption("synchronous_commit", "local", PGC_SUSET, PGC_S_SESSION);
+    pin_lock_timeout();
 }
 
 }  // namespace
 
+void pin_lock_timeout() {
+    char text[16];
+    snprintf(text, sizeof text, "%d", polite_lock_timeout(100));
+    SetConfigOption("lock_timeout", text, PGC_SUSET, PGC_S_SESSION);
+}
+
 bool extension_exists() {
     return OidIsValid(get_extension_oid("migrate_ext", true));
+}
+
+int polite_lock_timeout(int ms) {
+    return Max(1, Min(ms, DeadlockTimeout / 2));
 }
 
 void latch_sleep(double ms) {

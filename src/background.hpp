@@ -28,6 +28,12 @@ void worker_sleep(double ms);
 
 bool extension_exists();
 
+// `ms`, or less where deadlock_timeout is short: who waits for a lock and is waited for gives up before anybody's
+// deadlock detector looks, for that would fail the application's statement as readily as ours.
+int polite_lock_timeout(int ms);
+// A worker's lock_timeout.
+void pin_lock_timeout();
+
 // Registers worker number `worker` of a migration in this database. False when no slot is free, or in recovery.
 bool launch_migration_worker(int32 migration, int32 worker);
 

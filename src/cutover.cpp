@@ -32,9 +32,11 @@ double milliseconds_since(TimestampTz start) {
 // Waits for one lock as long as the budget that is left allows; raises lock_not_available after that.
 void lock_within(Oid relid, LOCKMODE mode, int milliseconds) {
     if (ConditionalLockRelationOid(relid, mode)) return;
+    if (milliseconds < 1)
+        ereport(ERROR, (errcode(ERRCODE_LOCK_NOT_AVAILABLE), errmsg("no time is left to wait for a lock")));
     const int level = NewGUCNestLevel();
-    (void)set_config_option("lock_timeout", psprintf("%d", Max(milliseconds, 1)), PGC_USERSET, PGC_S_SESSION,
-                            GUC_ACTION_SAVE, true, 0, false);
+    (void)set_config_option("lock_timeout", psprintf("%d", milliseconds), PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+                            true, 0, false);
     LockRelationOid(relid, mode);
     AtEOXact_GUC(false, level);
 }
@@ -57,6 +59,24 @@ bool waits_for_us(int pid, int depth) {
     const int32 *pids = (const int32 *)ARR_DATA_PTR(blockers);
     for (int i = 0; i < n; i++)
         if (pids[i] == MyProcPid || (depth > 0 && pids[i] != 0 && waits_for_us(pids[i], depth - 1))) return true;
+    return false;
+}
+
+// Who waits here reads nothing of the application's by the snapshot it holds meanwhile: two switches at once must not
+// wait for each other. The lock, which all of them share, tells.
+LOCKTAG waiting_here() {
+    LOCKTAG tag;
+    SET_LOCKTAG_OBJECT(tag, MyDatabaseId, NamespaceRelationId, get_namespace_oid("migrate", false), 0);
+    tag.locktag_lockmethodid = USER_LOCKMETHOD;
+    return tag;
+}
+
+bool waits_here(VirtualTransactionId wanted) {
+    const LOCKTAG tag = waiting_here();
+    int n;
+    VirtualTransactionId *list = GetLockConflicts(&tag, ExclusiveLock, &n);
+    for (int i = 0; i < n; i++)
+        if (VirtualTransactionIdEquals(list[i], wanted)) return true;
     return false;
 }
 
@@ -86,7 +106,8 @@ void keep_remaining(Holders *waiting, TransactionId limit, bool ask_why) {
     for (int i = 0; i < waiting->n; i++) {
         if (!contains(now, waiting->list[i])) continue;
         const int pid = pid_of(waiting->list[i]);
-        if (ask_why && (pid == 0 || is_own_worker(pid) || waits_for_us(pid, 4))) continue;
+        if (ask_why && (pid == 0 || is_own_worker(pid) || waits_here(waiting->list[i]) || waits_for_us(pid, 4)))
+            continue;
         waiting->list[kept++] = waiting->list[i];
     }
     waiting->n = kept;
@@ -122,6 +143,8 @@ Datum migrate_old_snapshots(PG_FUNCTION_ARGS) {
                         errmsg("cannot wait for old snapshots in a transaction that holds one itself"),
                         errhint("Call it at isolation level READ COMMITTED.")));
     const TimestampTz start = GetCurrentTimestamp();
+    const LOCKTAG tag = waiting_here();
+    (void)LockAcquire(&tag, ShareLock, false, false);
     const TransactionId limit = GetLatestSnapshot()->xmin;
     Holders waiting = list_holders(limit);
     if (is_mutant(mutant::no_barrier)) waiting.n = 0;
@@ -140,8 +163,9 @@ Datum migrate_old_snapshots(PG_FUNCTION_ARGS) {
 // migrate._lock_relations(relations regclass[], modes text[], budget_ms integer) RETURNS double precision
 // Locks the relations by OID in the order given, each in its own mode (a view's tables are not locked along with it),
 // within budget_ms for all of them together: whoever queues behind our first lock waits no longer than that. Raises
-// 55P03 when it cannot; the locks it has got by then go with the caller's subtransaction. Returns the milliseconds
-// waited.
+// 55P03 when it cannot; the locks it has got by then go with the caller's subtransaction. Once it holds one, it waits
+// for the others only so long that nobody who waits behind it, and holds what it wants, has a deadlock found. Returns
+// the milliseconds waited.
 Datum migrate_lock_relations(PG_FUNCTION_ARGS) {
     Datum *relations, *modes;
     bool *nulls;
@@ -151,9 +175,13 @@ Datum migrate_lock_relations(PG_FUNCTION_ARGS) {
     if (n != nmodes) elog(ERROR, "%d relations but %d lock modes", n, nmodes);
     const int budget = PG_GETARG_INT32(2);
     const TimestampTz start = GetCurrentTimestamp();
+    TimestampTz held = 0;
     for (int i = 0; i < n; i++) {
         const Oid relid = DatumGetObjectId(relations[i]);
-        lock_within(relid, lock_mode(TextDatumGetCString(modes[i])), budget - (int)milliseconds_since(start));
+        int left = Max(budget - (int)milliseconds_since(start), 1);
+        if (i > 0) left = Min(left, DeadlockTimeout / 2 - (int)milliseconds_since(held));
+        lock_within(relid, lock_mode(TextDatumGetCString(modes[i])), left);
+        if (i == 0) held = GetCurrentTimestamp();
         require_relation(relid);
     }
     PG_RETURN_FLOAT8(milliseconds_since(start));

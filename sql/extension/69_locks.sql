@@ -74,6 +74,9 @@ CREATE FUNCTION migrate._under_locks(m migrate._migration, caller regrole, goal 
 LANGUAGE plpgsql AS $$
 DECLARE
     budget integer := migrate._opt_ms(m.id, 'lock_timeout');
+    -- What the body locks beyond the relations (a foreign table's partner, a catalog) is no reason to queue either; and nobody's
+    -- deadlock detector must come to look while we wait with all these locks in hand, for it would fail the application's statement.
+    body_budget integer := greatest(1, least(budget, (SELECT s.setting::integer / 2 FROM pg_settings s WHERE s.name = 'deadlock_timeout')));
     before text := current_setting('lock_timeout');
     attempt_began timestamptz;
     last timestamptz := CASE WHEN migrate._holds_locks() THEN least(deadline, clock_timestamp() + interval '1 s') ELSE deadline END;
@@ -88,8 +91,7 @@ BEGIN
         attempt_began := clock_timestamp();
         BEGIN
             lock_ms := round(migrate._lock_relations(relations, modes, budget)::numeric, 1);
-            -- What the body locks beyond that (a foreign table's partner, a catalog) is no reason to queue either.
-            PERFORM set_config('lock_timeout', budget::text, true);
+            PERFORM set_config('lock_timeout', body_budget::text, true);
             EXECUTE body INTO result;
             PERFORM set_config('lock_timeout', before, true);
             IF dry_run THEN
