@@ -158,27 +158,6 @@ subtest 'the application gets no deadlock from a switch' => sub {
 	unlike(slurp_log(), qr/deadlock detected/, 'and no deadlock was found');
 };
 
-# Now dual writes go both ways: a writer of each side crosses the other.
-subtest 'writers of both sides get no deadlock' => sub {
-	my $new = background($node);
-	$new->query_safe($_) for 'BEGIN', 'SELECT FROM user_profiles WHERE user_id = 5 FOR UPDATE';
-	my $old = begin('old', "UPDATE users SET name = 'by the old side' WHERE id = 5");
-	poll('the old side waits, or has given up', sub {
-			$old->{run}->pump_nb if $old->{run}->pumpable;
-			!$old->{run}->pumpable || value($node, "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'old' AND wait_event_type = 'Lock'") });
-	$new->query_safe("UPDATE user_profiles SET display_name = 'by the new side' WHERE user_id = 5");
-	$new->query_safe('COMMIT');
-	unlike(end($old), qr/ERROR/, 'no error on the old side');
-	unlike(slurp_log(), qr/deadlock detected/, 'and no deadlock was found');
-	wait_for($node, 'what was recorded is applied', 'SELECT count(*) = 0 FROM migrate.failures');
-	is(differing($node), 0, 'no row differs');
-	# Rows of one transaction beyond the subtransactions it may use.
-	is(error_of($node, join ';', 'BEGIN', (map { "UPDATE users SET name = 'n$_' WHERE id = $_" } 1 .. 70), 'COMMIT'), '', 'a long transaction');
-	wait_for($node, 'what was recorded is applied', 'SELECT count(*) = 0 FROM migrate.failures');
-	is(differing($node), 0, 'no row differs');
-	$new->quit;
-};
-
 sub slurp_log { return PostgreSQL::Test::Utils::slurp_file($node->logfile) }
 
 # A DBA's statement_timeout strikes anywhere: the switch has happened, with all that belongs to it, or it has not.
