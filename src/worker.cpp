@@ -263,7 +263,7 @@ void wait_for_verb(const Worker &w) {
     SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_SESSION);
     auto step = [&w] { XactLockTableWait(w.start.launched_by, NULL, NULL, XLTW_None); };
     (void)attempt(Undo::kTransaction, step);
-    SetConfigOption("lock_timeout", "100ms", PGC_SUSET, PGC_S_SESSION);
+    pin_lock_timeout();
 }
 
 void show_name(Worker *w) {
