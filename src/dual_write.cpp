@@ -1,8 +1,8 @@
 // The dual-write triggers. The row trigger notes the keys a row event touched; the statement trigger, which fires after
 // every row trigger of the statement, applies them in bulk from the state the (outermost) statement left. Where a
 // foreign key between the two tables must find dest's row gone (or there) earlier, the row trigger applies the key at
-// once: its name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (a partition attached since)
-// is applied before the commit.
+// once: its name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (the apply worker of a
+// subscription fires none, a partition attached since has none) is applied before the commit.
 #include "dual_write.hpp"
 #include "background.hpp"
 #include "debug_point.hpp"
@@ -22,7 +22,8 @@ namespace {
 // A statement that touches more keys than this is applied in pieces, so that memory stays flat.
 constexpr int kFlushAt = 10000;
 // More subtransactions than 64 with a transaction ID in one transaction make every snapshot on a replica slow.
-constexpr int kMaxSubtransactions = 48;
+// Statements share the first number; what they leave over is applied at the commit, in bulk, with so many more.
+constexpr int kStatementSubtransactions = 32, kCommitSubtransactions = 24;
 
 struct CacheKey {
     int32 flow;
@@ -39,6 +40,7 @@ struct CacheEntry {
 HTAB *cache = NULL;
 // Subtransactions this top-level transaction has used to keep failures from the application.
 int subtransactions = 0;
+int subtransaction_limit = kStatementSubtransactions;
 
 // A migration that this transaction has recorded failures of, to be retried by a worker; 0: none. (Of several, one will
 // do: while there are failures its worker stays, and the others' next failure starts theirs.)
@@ -140,7 +142,9 @@ bool must_pass_on(const Mapping *m, const ErrorData *error) {
 // use subtransactions. What cannot be applied is recorded, and a worker retries it.
 void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
                      const char *last_object) {
-    if (subtransactions >= kMaxSubtransactions) {
+    // What a foreign key's check comes for next cannot wait for a worker.
+    const bool urgent = write == Write::kUpsert ? m->insert_at_once : m->delete_at_once;
+    if (subtransactions >= subtransaction_limit && !urgent) {
         record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
         return;
     }
@@ -172,17 +176,21 @@ void apply_list(Mapping *m, Write write, const KeyList &list) {
         apply_plainly(m, write, list, 0, list.n);
 }
 
+bool needs_subtransaction(const Mapping *m) {
+    return m->on_failure == OnFailure::kRecord && (m->upsert_may_fail || m->delete_may_fail);
+}
+
 // All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
 bool replace(Mapping *m, const Touched &touched) {
     auto step = [&] {
         replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
                      key_arrays(touched.upsert, m, 0, touched.upsert.n));
     };
-    if (m->on_failure == OnFailure::kRaise || !(m->upsert_may_fail || m->delete_may_fail)) {
+    if (!needs_subtransaction(m)) {
         step();
         return true;
     }
-    if (subtransactions >= kMaxSubtransactions) return false;
+    if (subtransactions >= subtransaction_limit) return false;
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error && must_pass_on(m, error)) ReThrowError(error);
@@ -221,7 +229,9 @@ int trigger_depth() {
 // A statement within a statement (a user's trigger, a foreign key's cascade) leaves its keys to the one around it: only
 // then the states are those that the application meant, and that dest's own constraints may be held against.
 void flush_outermost(CacheEntry *entry) {
-    if (trigger_depth() <= entry->touched.trigger_depth) flush(entry);
+    if (trigger_depth() > entry->touched.trigger_depth) return;
+    if (needs_subtransaction(entry->mapping) && subtransactions >= subtransaction_limit) return;  // left to the commit
+    flush(entry);
 }
 
 CacheEntry *any_touched() {
@@ -237,6 +247,7 @@ CacheEntry *any_touched() {
 // triggers already: those that our writes have queued (SET CONSTRAINTS … DEFERRED) would be forgotten.
 void flush_all() {
     if (cache == NULL) return;
+    subtransaction_limit = subtransactions + kCommitSubtransactions;
     while (CacheEntry *entry = any_touched()) {
         PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
         flush(entry);
@@ -265,6 +276,7 @@ void at_transaction_end(XactEvent event, void *) {
     if (event == XACT_EVENT_COMMIT) launch_retry();
     failed_migration = 0;
     subtransactions = 0;
+    subtransaction_limit = kStatementSubtransactions;
     if (cache == NULL) return;
     HASH_SEQ_STATUS scan;
     hash_seq_init(&scan, cache);
@@ -360,21 +372,20 @@ void note_event(CacheEntry *entry, TriggerData *data) {
     const Mapping *m = entry->mapping;
     Relation relation = data->tg_relation;
     TupleTableSlot *row = data->tg_trigslot;
-    bool at_once =
-        SessionReplicationRole == SESSION_REPLICATION_ROLE_REPLICA;  // an apply worker fires no statement triggers
+    bool at_once = false;
     if (TRIGGER_FIRED_BY_INSERT(data->tg_event)) {
         touch(entry, &Touched::upsert, relation, row);
-        at_once = at_once || m->insert_at_once;
+        at_once = m->insert_at_once;
     } else if (TRIGGER_FIRED_BY_DELETE(data->tg_event)) {
         touch_old_key(entry, relation, row);
-        at_once = at_once || m->delete_at_once;
+        at_once = m->delete_at_once;
     } else {
         TupleTableSlot *after = data->tg_newslot;
         if (unchanged(m, relation, row, after)) return;
         const bool moved = !same_key(m, relation, row, after);
         if (moved || m->filtered) {
             touch_old_key(entry, relation, row);
-            at_once = at_once || m->delete_at_once;
+            at_once = m->delete_at_once;
         }
         touch(entry, &Touched::upsert, relation, after);
         at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
