@@ -56,13 +56,49 @@ char *in_range(const Mapping *m, const Range &range) {
 constexpr Oid kRangeTypes[2] = {TEXTARRAYOID, TEXTARRAYOID};
 
 // SELECT ARRAY[v.k::text] FROM view v WHERE <range> ORDER BY v.k OFFSET n - 1 LIMIT 1: the key that ends the batch.
-// Narrows range->bounds[1] to it; false where fewer rows are left (the batch then takes the range to its end).
-bool narrow_to(const Mapping *m, Range *range, int max_rows, MemoryContext result) {
-    Sql sql;
+void last_key_by_rows(Sql &sql, const Mapping *m, const Range &range, int max_rows) {
     view_key_text(sql.add("SELECT "), m, "v");
-    sql.add(" FROM ").relation(m->view).add(" v WHERE ").add(in_range(m, *range)).add(" ORDER BY ");
+    sql.add(" FROM ").relation(m->view).add(" v WHERE ").add(in_range(m, range)).add(" ORDER BY ");
     view_key(sql, m, "v");
     sql.addf(" OFFSET %d LIMIT 1", max_rows - 1);
+}
+
+// 0 + coalesce(pg_column_size(v.c1), 0) + …: the bytes of a row of the view, as it is stored
+void row_bytes(Sql &sql, const Mapping *m) {
+    sql.add("0");
+    for (int i = 0; i < m->ncolumns; i++) {
+        if (get_typlen(get_atttype(m->view, i + 1)) != -1) continue;
+        sql.add(" + coalesce(pg_catalog.pg_column_size(v.").column(m->view, i + 1).add("), 0)");
+    }
+}
+
+// The same where that many rows may be too large: the row with which the sum of bytes reaches the limit ends the batch.
+// SELECT x.key FROM (SELECT ARRAY[v.k::text] AS key, count(*) OVER w AS rows, sum(v.bytes) OVER w AS bytes
+//                    FROM (SELECT v.k1, …, <bytes> AS bytes FROM view v WHERE <range> ORDER BY v.k LIMIT n) v
+//                    WINDOW w AS (ORDER BY v.k ROWS UNBOUNDED PRECEDING)) x
+// WHERE x.rows = n OR x.bytes >= max_bytes LIMIT 1
+void last_key_by_bytes(Sql &sql, const Mapping *m, const Range &range, int max_rows, int64 max_bytes) {
+    Sql key;
+    view_key(key, m, "v");
+    view_key_text(sql.add("SELECT x.key FROM (SELECT "), m, "v");
+    sql.add(" AS key, count(*) OVER w AS rows, sum(v.bytes) OVER w AS bytes FROM (SELECT ").add(key.c_str());
+    row_bytes(sql.add(", "), m);
+    sql.add(" AS bytes FROM ").relation(m->view).add(" v WHERE ").add(in_range(m, range));
+    sql.add(" ORDER BY ").add(key.c_str()).addf(" LIMIT %d) v", max_rows);
+    sql.add(" WINDOW w AS (ORDER BY ").add(key.c_str());
+    sql.addf(" ROWS UNBOUNDED PRECEDING)) x WHERE x.rows = %d OR x.bytes >= ", max_rows)
+        .addf("%lld", (long long)max_bytes);
+    sql.add(" LIMIT 1");
+}
+
+// Narrows range->bounds[1] to the key that ends the batch; false where fewer rows are left (the batch then takes the
+// range to its end). max_bytes: 0: no limit.
+bool narrow_to(const Mapping *m, Range *range, int max_rows, int64 max_bytes, MemoryContext result) {
+    Sql sql;
+    if (max_bytes > 0)
+        last_key_by_bytes(sql, m, *range, max_rows, max_bytes);
+    else
+        last_key_by_rows(sql, m, *range, max_rows);
     if (run_sql(sql.c_str(), 2, kRangeTypes, range->bounds, range->nulls) == 0) return false;
     bool isnull;
     const Datum key = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull);
@@ -228,15 +264,16 @@ Datum one_key(ArrayType *keys, int index, int width, Datum *elements, bool *null
 
 using namespace migrate;
 
-// migrate._apply_range(flow int, low text[], high text[], max_rows int, OUT rows_done bigint, OUT rows_written bigint,
-//                      OUT reached text[], OUT skipped text[])
-// Copies the next at most max_rows rows of (low, high] in key order. reached: the key of the last row considered, NULL
-// when the range is exhausted. skipped: keys (2-D) whose rows were locked; they are the caller's to queue in this
-// transaction.
+// migrate._apply_range(flow int, low text[], high text[], max_rows int, max_bytes bigint, OUT rows_done bigint,
+//                      OUT rows_written bigint, OUT reached text[], OUT skipped text[])
+// Copies the next at most max_rows rows of (low, high] in key order, fewer where they have more than max_bytes.
+// reached: the key of the last row considered, NULL when the range is exhausted. skipped: keys (2-D) whose rows were
+// locked; they are the caller's to queue in this transaction.
 Datum migrate_apply_range(PG_FUNCTION_ARGS) {
     const int max_rows = PG_GETARG_INT32(3);
     if (max_rows < 1)
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("max_rows is %d, below 1", max_rows)));
+    const int64 max_bytes = PG_ARGISNULL(4) ? 0 : PG_GETARG_INT64(4);
     Range range = {{PG_ARGISNULL(1) ? (Datum)0 : PG_GETARG_DATUM(1), PG_ARGISNULL(2) ? (Datum)0 : PG_GETARG_DATUM(2)},
                    {PG_ARGISNULL(1) ? 'n' : ' ', PG_ARGISNULL(2) ? 'n' : ' ', 0}};
     TupleDesc desc;
@@ -249,7 +286,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
         Mapping *m = require_mapping(PG_GETARG_INT32(0), false);
         as_dest_owner(m, kBackground, [&] {
             pin_output_settings();
-            nulls[2] = !narrow_to(m, &range, max_rows, result);
+            nulls[2] = !narrow_to(m, &range, max_rows, max_bytes, result);
             values[2] = range.bounds[1];
             DEBUG_POINT("batch: bound known");
             run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);

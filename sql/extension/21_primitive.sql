@@ -5,11 +5,11 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_apply_keys';
 COMMENT ON FUNCTION migrate._apply_keys IS
     'makes the rows of these keys (2-D) equal to the mapping, under row locks; gives the keys locked by others, or NULL';
 
-CREATE FUNCTION migrate._apply_range(flow integer, low text[], high text[], max_rows integer, OUT rows_done bigint,
-                                     OUT rows_written bigint, OUT reached text[], OUT skipped text[])
+CREATE FUNCTION migrate._apply_range(flow integer, low text[], high text[], max_rows integer, max_bytes bigint DEFAULT NULL,
+                                     OUT rows_done bigint, OUT rows_written bigint, OUT reached text[], OUT skipped text[])
 LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_apply_range';
 COMMENT ON FUNCTION migrate._apply_range IS
-    'copies the next max_rows rows of (low, high] in key order; reached: the last key considered (NULL: the range is exhausted); skipped: keys (2-D) of locked rows';
+    'copies the next max_rows rows of (low, high] in key order, fewer where they have more than max_bytes; reached: the last key considered (NULL: the range is exhausted); skipped: keys (2-D) of locked rows';
 
 CREATE FUNCTION migrate._invalidate(relation regclass) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_invalidate';
