@@ -144,6 +144,25 @@ SELECT equal();
 SELECT migrate.drop('fk');
 DROP TABLE child, clerk, t, s;
 
+-- many statements in one transaction, each with a dual write that could be refused: none is left to a worker, and a foreign key never sees
+-- a row that should be gone
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (id int PRIMARY KEY REFERENCES s, v text CHECK (v <> 'refused'));
+CREATE TABLE child (id int REFERENCES t);
+INSERT INTO s SELECT g, 'v' || g FROM generate_series(1, 400) g;
+SELECT migrate.define('many', 's', 't');
+SELECT arm('many', 'forward');
+CREATE FUNCTION many(first int, last int, statement text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN FOR i IN first .. last LOOP EXECUTE format(statement, i); END LOOP; END $$;
+BEGIN; SELECT many(1, 100, 'DELETE FROM links_test.s WHERE id = %s'), many(101, 200, $$ UPDATE links_test.s SET v = 'w' WHERE id = %s $$); COMMIT;
+SELECT equal();
+BEGIN; SELECT many(201, 300, $$ UPDATE links_test.s SET v = CASE id WHEN 210 THEN 'refused' WHEN 290 THEN 'refused' ELSE 'w' END WHERE id = %s $$); SAVEPOINT a; SELECT many(301, 400, 'UPDATE links_test.s SET id = id + 1000 WHERE id = %s'); ROLLBACK TO a; SELECT many(301, 310, 'UPDATE links_test.s SET id = id + 2000 WHERE id = %s'); COMMIT;
+SELECT key, sqlstate FROM migrate._failure ORDER BY key;
+UPDATE s SET v = 'fine' WHERE v = 'refused'; DELETE FROM migrate._failure;
+SELECT equal(), count(*) FROM s;
+SELECT migrate.drop('many');
+DROP TABLE child, t, s;
+DROP FUNCTION many;
+
 -- triggers on the side that follows: they write it, and the side that serves; what they do to the latter is carried as well
 CREATE TABLE s (id int PRIMARY KEY, v text);
 CREATE TABLE t (id int PRIMARY KEY, v text);

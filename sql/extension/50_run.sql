@@ -259,13 +259,14 @@ DECLARE
 BEGIN
     PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
         format('SELECT migrate._create_all_triggers(%s)', m.id), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+    PERFORM migrate._event(m, caller, 'rearmed', 'the dual writes had a gap: what was validated before counts for nothing');
     IF m.phase IN ('shadowing', 'ready') THEN
         PERFORM migrate._move(m, caller, 'validating', 'the dual writes had a gap and were armed again');
     ELSIF m.phase = 'validating' THEN
         UPDATE migrate._migration x SET phase_since = clock_timestamp() WHERE x.id = m.id;  -- a validation belongs to one stay in the phase
     ELSIF m.phase = 'cut_over' THEN
         RAISE WARNING 'writes made while the dual writes of migration "%" had a gap may be missing on the other side', m.name
-            USING HINT = format('SELECT * FROM migrate.validate(%L); tells.', m.name);
+            USING HINT = format('SELECT * FROM migrate.validate(%L); tells, and a rollback insists on it.', m.name);
     END IF;
 END $$;
 

@@ -1,5 +1,13 @@
 -- The jobs themselves: a batch, the re-queue, failures that are due, the end of the backfill, validation, shadow reads.
 
+-- The bytes that a batch may have, NULL: no limit is needed. Without values stored out of line rows are small, and the number of
+-- rows limits a batch well enough; looking at their sizes costs a little.
+CREATE FUNCTION migrate._batch_bytes(source regclass) RETURNS bigint
+LANGUAGE sql VOLATILE AS $$
+    SELECT CASE WHEN EXISTS (SELECT FROM migrate._partition_tree(source) r JOIN pg_class c ON c.oid = r
+                             WHERE c.reltoastrelid <> 0 AND pg_relation_size(c.reltoastrelid) > 0) THEN 16 * 1024 * 1024 END
+$$;
+
 -- One batch: rows, skipped keys and checkpoint in one transaction.
 CREATE FUNCTION migrate._run_copy(m migrate._migration, j migrate._job, OUT rows bigint, OUT wait_ms integer, OUT next_batch integer)
 LANGUAGE plpgsql AS $$
@@ -19,7 +27,7 @@ BEGIN
         RETURN;
     END IF;
     SELECT * INTO r FROM migrate._range x WHERE x.flow = j.flow AND x.ordinal = j.ordinal;
-    SELECT * INTO done FROM migrate._apply_range(f.id, coalesce(r.checkpoint, r.low), r.high, j.rows);
+    SELECT * INTO done FROM migrate._apply_range(f.id, coalesce(r.checkpoint, r.low), r.high, j.rows, migrate._batch_bytes(f.source));
     PERFORM migrate._requeue_keys(f.id, done.skipped);
     -- @point batch: skipped keys queued
     -- After a failure sizes grow back until they are ordinary again.
@@ -33,7 +41,8 @@ BEGIN
     wait_ms := migrate._sleep_ms(busy_ms, migrate._opt(m.id, 'throttle_ratio')::double precision, rows,
                                  coalesce(migrate._rate(m.id), 0)::double precision, migrate._opt_ms(m.id, 'sleep'));
     IF r.row_limit IS NULL AND done.reached IS NOT NULL THEN
-        next_batch := migrate._next_batch(j.rows, busy_ms, migrate._opt_ms(m.id, 'batch_time'));
+        -- What a limit of bytes has cut says nothing of so many rows.
+        next_batch := migrate._next_batch(least(j.rows, greatest(1, rows + coalesce(array_length(done.skipped, 1), 0)))::integer, busy_ms, migrate._opt_ms(m.id, 'batch_time'));
     END IF;
 END $$;
 
@@ -61,11 +70,13 @@ DECLARE
     locked text[];
     rest bigint;
     queued bigint := (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow);
-    portions bigint := greatest((queued + 999) / 1000, 1);
+    -- Few where rows are large: they are read and written all at once.
+    portion CONSTANT bigint := CASE WHEN migrate._batch_bytes((SELECT f.source FROM migrate._flow f WHERE f.id = _run_requeue.flow)) IS NULL THEN 1000 ELSE 20 END;
+    portions bigint := greatest((queued + portion - 1) / portion, 1);
 BEGIN
     SELECT array_agg(q.ctid), array_agg(q.key) INTO places, keys
     FROM (SELECT x.ctid, x.key FROM migrate._requeue x WHERE x.flow = _run_requeue.flow ORDER BY x.at
-          LIMIT 1000 OFFSET 1000 * ((tries - 1) % portions)) q;
+          LIMIT portion OFFSET portion * ((tries - 1) % portions)) q;
     BEGIN
         locked := migrate._apply_keys(flow, 'forward', keys);
     EXCEPTION WHEN OTHERS THEN
@@ -117,7 +128,7 @@ LANGUAGE sql AS $$
     VALUES (flow, 'forward', key, sqlstate, nullif(object, ''), 'backfill', clock_timestamp() + interval '1 s')
 $$;
 
--- The PIDs that hold locks on some of these rows, for people; NULL when nobody is found (any more).
+-- Who holds locks on some of these rows, for people; NULL when nobody is found (any more).
 CREATE FUNCTION migrate._lockers(flow integer, keys text[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -125,33 +136,39 @@ DECLARE
     condition text;
     one text[];
     holder xid;
-    pids integer[] := '{}';
+    holders text[] := '{}';
 BEGIN
     SELECT f.source, (SELECT string_agg(format('%I %s ($1::text[])[%s]::%s', k.origin_column, migrate._operator(a.atttypid, 3::smallint), k.ordinal, k.origin_type), ' AND ')
                       FROM migrate._key(f.id, 'forward') k JOIN pg_attribute a ON a.attrelid = f.source AND a.attname = k.origin_column)
     INTO s, condition FROM migrate._flow f WHERE f.id = flow;
     FOREACH one SLICE 1 IN ARRAY keys[1:5] LOOP
         FOR holder IN SELECT r[1]::xid FROM migrate._as(migrate._table_owner(s), format('SELECT xmax FROM %s WHERE %s', s, condition), one::text) r LOOP
-            pids := pids || migrate._holders(holder);
+            holders := holders || migrate._holders(holder);
         END LOOP;
     END LOOP;
-    RETURN (SELECT 'PID ' || string_agg(p::text, ', ' ORDER BY p) FROM (SELECT DISTINCT p FROM unnest(pids) p WHERE p IS NOT NULL) d);
+    RETURN (SELECT string_agg(DISTINCT h, ', ' ORDER BY h) FROM unnest(holders) h);
 END $$;
 
--- The PIDs of a row's xmax, which is a transaction or a multixact.
-CREATE FUNCTION migrate._holders(holder xid) RETURNS integer[]
+-- The transactions of a row's xmax, which is one of them or a multixact.
+CREATE FUNCTION migrate._holders(holder xid) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
-    pids integer[] := ARRAY(SELECT l.pid FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted AND l.transactionid = holder);
+    holders text[] := ARRAY(SELECT migrate._holder(l.transactionid, l.pid) FROM pg_locks l WHERE l.locktype = 'transactionid' AND l.granted AND l.transactionid = holder);
 BEGIN
-    IF pids = '{}' AND holder <> '0'::xid THEN
-        pids := ARRAY(SELECT l.pid FROM pg_get_multixact_members(holder) x JOIN pg_locks l ON l.transactionid = x.xid
-                      WHERE l.locktype = 'transactionid' AND l.granted);
+    IF holders = '{}' AND holder <> '0'::xid THEN
+        holders := ARRAY(SELECT migrate._holder(x.xid, l.pid) FROM pg_get_multixact_members(holder) x JOIN pg_locks l ON l.transactionid = x.xid
+                         WHERE l.locktype = 'transactionid' AND l.granted);
     END IF;
-    RETURN pids;
+    RETURN holders;
 EXCEPTION WHEN OTHERS THEN  -- it was no multixact
     RETURN '{}';
 END $$;
+
+-- A prepared transaction has no PID.
+CREATE FUNCTION migrate._holder(transaction xid, pid integer) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce('PID ' || pid, (SELECT format('prepared transaction %L', p.gid) FROM pg_prepared_xacts p WHERE p.transaction = _holder.transaction), 'a transaction')
+$$;
 
 -- Failures that are due, at most 32 keys of one flow and direction, each in a subtransaction. Success deletes the key's
 -- records that were there before: one that came meanwhile is of a newer write. Returns how many keys are locked if all are.

@@ -76,7 +76,9 @@ BEGIN
                 WHEN latest.open_mismatches > 0 THEN format('%s keys differ', latest.open_mismatches)
                 WHEN latest.verdict <> 'equal' THEN 'the latest validation found a mismatch'
                 WHEN EXISTS (SELECT FROM migrate._event e WHERE e.migration = m_id AND e.kind = 'repaired' AND e.at > latest.at)
-                    THEN 'rows were repaired since the latest validation' END;
+                    THEN 'rows were repaired since the latest validation'
+                WHEN EXISTS (SELECT FROM migrate._event e WHERE e.migration = m_id AND e.kind = 'rearmed' AND e.at > latest.at)
+                    THEN 'the dual writes had a gap and were armed again since the latest validation' END;
 END $$;
 
 -- Whether what is written to the target comes back to the source.
