@@ -20,8 +20,8 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 my $sessions = 8;
-my $rounds = $ENV{MIGRATE_ROUNDS} || ($ENV{MIGRATE_SEED} ? 1 : $ENV{MIGRATE_LONG} ? 60 : 3);
-my $seconds = $ENV{MIGRATE_SECONDS} || ($ENV{MIGRATE_LONG} ? 60 : 55);
+my $rounds = $ENV{MIGRATE_ROUNDS} || ($ENV{MIGRATE_SEED} ? 1 : $ENV{MIGRATE_LONG} ? 60 : 4);
+my $seconds = $ENV{MIGRATE_SECONDS} || ($ENV{MIGRATE_LONG} ? 60 : 32);
 my $first_seed = $ENV{MIGRATE_SEED} || time() % 1_000_000_000;
 diag("MIGRATE_SEED=" . int $first_seed);
 
@@ -67,7 +67,6 @@ sub check_acknowledged
 	return;
 }
 
-# Deadlocks that a worker of ours was part of, by the server's log: the application's victims would be our doing.
 sub slurp { my ($path) = @_; open my $file, '<', $path or return ''; local $/; return <$file> // ''; }
 
 sub round

@@ -57,18 +57,24 @@ SQL
 }
 
 # Triggers of the application that write while its statement is under way: one, before the extension's by name, to the same row
-# again; one, after them, to the next row.
+# again; one, before them too, that brings a deleted row back; one, after them, to the next row.
 sub nested_triggers_sql
 {
 	my ($class, $schema, $side) = @_;
 	my ($value) = $schema->value_columns($side);
 	my $columns = $schema->columns($side);
 	my $new = join ', ', map { "NEW.$_" } split /, /, $columns;
+	my $old = $new =~ s/NEW/OLD/gr;
 	my $guard = "current_user = 'app' AND pg_trigger_depth() = 0";
 	return <<"SQL";
 CREATE FUNCTION again_$side() RETURNS trigger LANGUAGE plpgsql AS \$\$
 BEGIN
     UPDATE public.$side SET $value = $value || ' again', n = n + 1 WHERE ($columns) = ($new);
+    RETURN NULL;
+END \$\$;
+CREATE FUNCTION back_$side() RETURNS trigger LANGUAGE plpgsql AS \$\$
+BEGIN
+    INSERT INTO public.$side ($columns, $value, n) VALUES ($old, 'back', 1);
     RETURN NULL;
 END \$\$;
 CREATE FUNCTION sibling_$side() RETURNS trigger LANGUAGE plpgsql AS \$\$
@@ -77,6 +83,7 @@ BEGIN
     RETURN NULL;
 END \$\$;
 CREATE TRIGGER "AA_again" AFTER INSERT OR UPDATE ON $side FOR EACH ROW WHEN ($guard AND NEW.n % 6 = 0) EXECUTE FUNCTION again_$side();
+CREATE TRIGGER "AA_back" AFTER DELETE ON $side FOR EACH ROW WHEN ($guard AND OLD.n % 13 = 5) EXECUTE FUNCTION back_$side();
 CREATE TRIGGER zz_sibling AFTER UPDATE ON $side FOR EACH ROW WHEN ($guard AND NEW.n % 11 = 3) EXECUTE FUNCTION sibling_$side();
 SQL
 }

@@ -22,12 +22,12 @@ sub new
 {
 	my ($class, $seed, $sessions) = @_;
 	srand($seed);
-	my $kind = (sort keys %kinds)[ $seed % keys %kinds ];
+	my $kind = (sort keys %kinds)[ ($seed + int($seed / 4)) % keys %kinds ];
 	my $self = bless { kind => $kind, types => $kinds{$kind}{types}, sessions => $sessions }, $class;
-	# Consecutive seeds differ in the things that exclude each other; the others are thrown.
-	my $shape = int($seed / 4 + $seed) % 4;
+	# Four consecutive seeds have each of the things that exclude each other; the others are thrown.
+	my $shape = $seed % 4;
 	$self->{partitioned} = $shape == 1;
-	$self->{deferrable} = $shape == 2 && rand() < 0.6;
+	$self->{deferrable} = $shape == 2;
 	$self->{unique} = $shape == 3 || $shape == 0 && rand() < 0.3;
 	$self->{foreign_key} = !$self->{deferrable} && rand() < 0.5;
 	$self->{bare} = rand() < 0.5;    # no expression in the mapping: then the view can be written

@@ -179,6 +179,19 @@ sub shift_keys
 		"DELETE FROM $relation WHERE " . $schema->is_key($side, $to), "UPDATE $relation SET k = k + 1 WHERE " . $schema->in_range($side, $from, $to - 1));
 }
 
+# A row that stands for a moment on another row's key.
+sub duplicate
+{
+	my ($self, $side, $relation) = @_;
+	my $schema = $self->{schema};
+	return $self->move($side, $relation) unless $schema->{deferrable};
+	my ($home, $away) = $self->ranks(2);
+	my ($value) = $schema->value_columns($side);
+	my $guest = "'guest " . int(rand 1e9) . "'";
+	return ('SET CONSTRAINTS ALL DEFERRED', "UPDATE $relation SET " . $self->set_key($side, $away) . ", $value = $guest, n = 1 WHERE " . $schema->is_key($side, $home),
+		"UPDATE $relation SET " . $self->set_key($side, $home) . ' WHERE ' . $schema->is_key($side, $away) . " AND $value = $guest");
+}
+
 sub some_range
 {
 	my ($self, $side) = @_;
@@ -238,7 +251,7 @@ sub truncate
 }
 
 my @weights = (
-	update => 20, insert => 4, insert_new => 12, upsert => 10, delete => 8, move => 10, delete_insert => 8, swap => 5, shift_keys => 3,
+	update => 20, insert => 4, insert_new => 12, upsert => 10, delete => 8, move => 10, delete_insert => 8, swap => 5, shift_keys => 3, duplicate => 4,
 	bulk_update => 4, bulk_delete => 2, merge => 7, lock_rows => 5, copy => 3, unmapped => 4, reload => 4);
 my @kinds;
 while (my ($kind, $weight) = splice @weights, 0, 2) { push @kinds, ($kind) x $weight; }
