@@ -95,15 +95,17 @@ void wait_for_release() {
     LockRelease(&tag, ShareLock, true);
 }
 
-// No transaction when the process came out of it; the log must have it before the process dies.
+// The log has it before the process dies.
 void tell(const char *name, const char *action) {
     ereport(LOG, (errmsg("debug point \"%s\": %s", name, action), errhidestmt(true), errhidecontext(true)));
 }
 
-// A transaction that wrote is committed and its client not told yet.
+// Of a transaction that wrote: after everything else that a commit does first, and when it is committed but its client
+// not told yet (an error there would be a PANIC).
 void at_commit(XactEvent event, void *) {
-    if (event == XACT_EVENT_COMMIT && TransactionIdIsValid(GetTopTransactionIdIfAny()))
-        reach_debug_point("transaction: committed");
+    if (!TransactionIdIsValid(GetTopTransactionIdIfAny())) return;
+    if (event == XACT_EVENT_PRE_COMMIT) DEBUG_POINT("transaction: before commit");
+    if (event == XACT_EVENT_COMMIT) DEBUG_POINT("transaction: committed");
 }
 
 }  // namespace
@@ -111,6 +113,7 @@ void at_commit(XactEvent event, void *) {
 void init_debug_points() {
     DefineCustomStringVariable("migrate.debug_point", "What happens at one debug point.", "NAME ACTION [N]", &setting,
                                "", PGC_USERSET, 0, check_setting, assign_setting, NULL);
+    // The callback that was registered first is called last.
     RegisterXactCallback(at_commit, NULL);
 }
 

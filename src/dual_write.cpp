@@ -269,7 +269,6 @@ void launch_retry() {
 void at_transaction_end(XactEvent event, void *) {
     if (event == XACT_EVENT_PRE_COMMIT || event == XACT_EVENT_PRE_PREPARE) {
         flush_all();
-        DEBUG_POINT("transaction: before commit");
         return;
     }
     if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
