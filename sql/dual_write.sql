@@ -48,8 +48,13 @@ COPY users (id, name) FROM stdin;
 \.
 WITH gone AS (DELETE FROM users WHERE id = 50 RETURNING *) INSERT INTO users SELECT id + 5000, name || ' moved', bio FROM gone;
 SELECT check_users();
+SELECT current_setting('server_version_num')::int >= 150000 AS has_merge \gset
+\if :has_merge
 MERGE INTO users u USING (VALUES (60, 'merged'), (61, NULL), (6000, 'new')) v (id, name) ON u.id = v.id
     WHEN MATCHED AND v.name IS NULL THEN DELETE WHEN MATCHED THEN UPDATE SET name = v.name WHEN NOT MATCHED THEN INSERT (id, name) VALUES (v.id, v.name);
+\else
+INSERT INTO users VALUES (60, 'merged'), (6000, 'new') ON CONFLICT (id) DO UPDATE SET name = excluded.name; DELETE FROM users WHERE id = 61;
+\endif
 SELECT check_users();
 -- a column that is not mapped: nothing is written
 SELECT xmin AS before FROM profiles WHERE user_id = 70 \gset
@@ -227,16 +232,16 @@ DROP TABLE s, t;
 -- a writer with no right on the target, an unhelpful search_path, and the target's owner under RLS
 CREATE ROLE dual_writer; CREATE ROLE dual_owner;
 GRANT USAGE ON SCHEMA dual_test TO dual_writer, dual_owner;
-CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE t (id int PRIMARY KEY, v text, by text);
+CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE t (id int PRIMARY KEY, v text, writer text);
 ALTER TABLE s OWNER TO dual_owner; ALTER TABLE t OWNER TO dual_owner; ALTER TABLE t ENABLE ROW LEVEL SECURITY;
 GRANT SELECT, INSERT, UPDATE, DELETE ON s TO dual_writer;
-CREATE FUNCTION who() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.by := current_user || ' ' || current_setting('search_path'); RETURN NEW; END $$;
+CREATE FUNCTION who() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.writer := current_user || ' ' || current_setting('search_path'); RETURN NEW; END $$;
 CREATE TRIGGER who BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION who();
 SELECT migrate.define('r', 's', 't');
 SELECT go('r');
 CREATE SCHEMA evil AUTHORIZATION dual_writer;
 SET ROLE dual_writer;
-CREATE TABLE evil.t (id int PRIMARY KEY, v text, by text);
+CREATE TABLE evil.t (id int PRIMARY KEY, v text, writer text);
 SET search_path = evil, dual_test;
 INSERT INTO s VALUES (1, 'a'), (2, 'b'); UPDATE s SET v = 'c' WHERE id = 1; DELETE FROM s WHERE id = 2;
 SELECT count(*) AS in_evil FROM evil.t;

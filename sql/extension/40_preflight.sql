@@ -130,7 +130,7 @@ CREATE FUNCTION migrate._estimate(f migrate._flow, OUT rows_known boolean, OUT r
 LANGUAGE sql STABLE AS $$
     WITH heap AS (
         SELECT coalesce(sum(c.reltuples) FILTER (WHERE c.reltuples >= 0), 0)::numeric AS tuples,
-               coalesce(bool_or(c.reltuples < 0 AND pg_relation_size(c.oid) > 0), false) AS unknown,
+               coalesce(bool_or((c.reltuples < 0 OR c.relpages = 0) AND pg_relation_size(c.oid) > 0), false) AS unknown,  -- 0 pages: so say tables never analyzed before 14
                coalesce(sum(pg_relation_size(c.oid)), 0)::numeric AS bytes, coalesce(sum(pg_total_relation_size(c.oid)), 0)::numeric AS total
         FROM migrate._partition_tree(f.source) t(relid) JOIN pg_class c ON c.oid = t.relid AND c.relkind = 'r'
     ), width AS (

@@ -49,8 +49,8 @@ SELECT migrate.set('hostile', 'accept_reverse_gaps', 'on');
 SELECT migrate.start('hostile');
 SQL
 $node->safe_psql('postgres', "CALL migrate.wait('hostile', timeout => '120 s')");
-$node->safe_psql('postgres', "UPDATE s SET w = 'clerk' WHERE id < 10; DELETE FROM s WHERE id = 20; INSERT INTO s VALUES (9000, 'new')",
-	extra_params => [ '-U', 'clerk' ], connstr => $node->connstr('postgres') . " options='-csearch_path=lair'");
+$node->safe_psql('postgres', "SET search_path = lair; UPDATE s SET w = 'clerk' WHERE id < 10; DELETE FROM s WHERE id = 20; INSERT INTO s VALUES (9000, 'new')",
+	extra_params => [ '-U', 'clerk' ]);
 for my $method (qw(counts sample ranges checksum rows))
 {
 	my $verdict = $node->safe_psql('postgres', "SELECT verdict FROM migrate.validate('hostile', '$method')");

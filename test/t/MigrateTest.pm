@@ -105,8 +105,9 @@ sub poll
 sub value
 {
 	my ($node, $sql, $db) = @_;
-	my ($status, $out) = $node->psql($db // 'postgres', $sql, timeout => 60);
-	return $status == 0 ? $out : undef;
+	# Where the server refuses the connection, psql may be gone before its input is written, which dies.
+	my ($status, $out) = eval { $node->psql($db // 'postgres', $sql, timeout => 60) };
+	return defined $status && $status == 0 ? $out : undef;
 }
 
 # Polls until the query's value is $expected ('t' unless given).
