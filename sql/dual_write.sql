@@ -229,6 +229,16 @@ SELECT same('SELECT id, code, n FROM dual_test.s', 'SELECT id, code, n FROM dual
 SELECT migrate.drop('e');
 DROP TABLE s, t;
 
+-- nothing but a key, above READ COMMITTED: rows that are held are read without an index-only scan
+CREATE TABLE s (id int PRIMARY KEY); CREATE TABLE t (id int PRIMARY KEY);
+INSERT INTO s SELECT generate_series(1, 100); VACUUM ANALYZE s;
+SELECT migrate.define('k', 's', 't');
+SELECT go('k');
+BEGIN ISOLATION LEVEL SERIALIZABLE; INSERT INTO s VALUES (101), (102); UPDATE s SET id = 103 WHERE id = 1; INSERT INTO s VALUES (1); COMMIT;
+SELECT same('TABLE dual_test.s', 'TABLE dual_test.t');
+SELECT migrate.drop('k');
+DROP TABLE s, t;
+
 -- a writer with no right on the target, an unhelpful search_path, and the target's owner under RLS
 CREATE ROLE dual_writer; CREATE ROLE dual_owner;
 GRANT USAGE ON SCHEMA dual_test TO dual_writer, dual_owner;

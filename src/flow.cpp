@@ -92,6 +92,7 @@ void init_flow() {
 
 void upsert_keys(Mapping *m, KeyArrays keys) {
     as_dest_owner(m, 0, [&] {
+        pin_planner_to_heap();
         if (m->partial) {
             SPIPlanPtr update = kept_plan(m, &m->update, [&](Sql &sql) {
                 if (!update_from(sql, m, qualified(m->view), view_key_in_params(m)))
@@ -99,9 +100,13 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
             });
             run_latest(update, keys, NULL);
         }
-        run_latest(
-            kept_plan(m, &m->upsert, [&](Sql &sql) { insert_from(sql, m, qualified(m->view), view_key_in_params(m)); }),
-            keys, NULL);
+        SPIPlanPtr upsert =
+            kept_plan(m, &m->upsert, [&](Sql &sql) { insert_from(sql, m, qualified(m->view), view_key_in_params(m)); });
+        // An ambiguous key may stand in a row of somebody else's as well, and a partial mapping looks at dest's rows.
+        if (m->ambiguous || m->partial)
+            run_latest(upsert, keys, NULL);
+        else
+            run_on_held_rows(upsert, keys, NULL);
     });
 }
 

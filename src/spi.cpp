@@ -44,6 +44,10 @@ void pin_planner_to_indexes() {
     pin("enable_sort", "off");
 }
 
+void pin_planner_to_heap() {
+    pin("enable_indexonlyscan", "off");
+}
+
 void leave_identity(const Identity &identity) {
     AtEOXact_GUC(false, identity.guc_level);
     SetUserIdAndSecContext(identity.user, identity.sec_context);
@@ -94,15 +98,29 @@ Oid extension_owner() {
     return owner;
 }
 
-uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls) {
-    Snapshot snapshot = InvalidSnapshot;
-    if (IsolationUsesXactSnapshot() && !is_mutant(mutant::no_latest_snapshot)) {
-        CommandCounterIncrement();  // let the latest snapshot see our own work
-        snapshot = GetLatestSnapshot();
-    }
+namespace {
+uint64 run_at(SPIPlanPtr plan, Datum *values, const char *nulls, Snapshot snapshot) {
     const int result = SPI_execute_snapshot(plan, values, nulls, snapshot, InvalidSnapshot, false, true, 0);
     if (result < 0) elog(ERROR, "SPI_execute_snapshot: %s", SPI_result_code_string(result));
     return SPI_processed;
+}
+
+// At READ COMMITTED every statement sees the latest state anyway.
+bool has_old_snapshot() {
+    return IsolationUsesXactSnapshot() && !is_mutant(mutant::no_latest_snapshot);
+}
+}  // namespace
+
+uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls) {
+    if (!has_old_snapshot()) return run_at(plan, values, nulls, InvalidSnapshot);
+    CommandCounterIncrement();  // let the latest snapshot see our own work
+    return run_at(plan, values, nulls, GetLatestSnapshot());
+}
+
+uint64 run_on_held_rows(SPIPlanPtr plan, Datum *values, const char *nulls) {
+    if (!has_old_snapshot()) return run_at(plan, values, nulls, InvalidSnapshot);
+    CommandCounterIncrement();
+    return run_at(plan, values, nulls, SnapshotSelf);
 }
 
 uint64 run_sql(const char *sql, int nargs, const Oid *types, const Datum *values, const char *nulls, bool read_only) {

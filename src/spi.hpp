@@ -41,6 +41,8 @@ void leave_identity(const Identity &identity);
 void pin_output_settings();
 // Within a with_user bracket: plans by key must not fall to a sequential scan because the table was empty when planned.
 void pin_planner_to_indexes();
+// Nor may a plan for run_on_held_rows use an index-only scan, which cannot be had without an MVCC snapshot.
+void pin_planner_to_heap();
 
 // Runs fn as `user`; sec_flags are SECURITY_* flags added to those in force.
 template <class Fn>
@@ -93,6 +95,14 @@ auto with_extension_owner(Fn fn) -> decltype(fn()) {
 // committed since its snapshot. Raises when SPI reports an error. Returns the number of rows processed; results are in
 // SPI_tuptable. SPI must be connected.
 uint64 run_latest(SPIPlanPtr plan, Datum *values, const char *nulls);
+
+// As run_latest, for a plan that reads nothing but rows which this transaction has written or locked and nobody else
+// can change: above READ COMMITTED it sees what is committed at the moment of each look (SnapshotSelf). Such reads take
+// no predicate locks, so serializable transactions that write different rows do not conflict; and an ON CONFLICT that
+// had to wait for the other writer of the row finds what that one left, where the latest snapshot would be older and
+// give a serialization failure. On rows that others may change meanwhile such a look is not safe: it can miss a row
+// that moves, or see it twice.
+uint64 run_on_held_rows(SPIPlanPtr plan, Datum *values, const char *nulls);
 
 // One-shot forms, by the ordinary snapshot rules, for use inside with_spi. `run_sql` raises unless the statement
 // succeeds.
