@@ -16,7 +16,7 @@ REGRESS = define dual_write state state_links digest validate corruption corrupt
 REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext
 
 PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-unused-parameter \
-	-Wno-missing-field-initializers -MMD -MP -isystem $(shell $(PG_CONFIG) --includedir-server)
+	-Wno-missing-field-initializers -MMD -MP -isystem $(shell $(PG_CONFIG) --includedir-server) $(EXTRA_CXXFLAGS)
 
 # For tests: a build without one safeguard of the protocol (see src/mutant.hpp).
 ifdef MIGRATE_MUTANT

@@ -49,9 +49,23 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
+# Installs those of the packages that are missing.
+apt_install() {
+    local package missing=() apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq) output
+    for package in "$@"; do installed "$package" || missing+=("$package"); done
+    [ ${#missing[@]} = 0 ] && return
+    if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
+        echo "error: these packages are missing, and installing them needs root or sudo: ${missing[*]}"
+        return 1
+    fi
+    say "installing ${missing[*]}"
+    output=$(as_root "${apt[@]}" update 2>&1) || { echo "$output"; echo "error: apt-get update failed"; return 1; }
+    output=$(as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" 2>&1) || { echo "$output"; echo "error: apt-get install failed"; return 1; }
+}
+
 install_packages() {
     command -v dpkg-query >/dev/null || { say "not a Debian: taking for granted that everything needed is installed"; return; }
-    local wanted=(make g++ libipc-run-perl libtap-parser-sourcehandler-pgtap-perl libdbd-pg-perl) missing=() package version
+    local wanted=(make g++ libipc-run-perl libtap-parser-sourcehandler-pgtap-perl) version=
     # A server outside Debian's place was built by hand: its packages are its owner's business.
     case $PG_CONFIG in
         /usr/lib/postgresql/*)
@@ -61,20 +75,12 @@ install_packages() {
     esac
     # The source is formatted with version 14, which is Debian 12's.
     grep -qs '^VERSION_ID="12"' /etc/os-release && wanted+=(clang-format-14)
-    for package in "${wanted[@]}"; do installed "$package" || missing+=("$package"); done
-    [ ${#missing[@]} = 0 ] && return
-    if [ "$(id -u)" != 0 ] && ! command -v sudo >/dev/null; then
-        die "these packages are missing, and installing them needs root or sudo: ${missing[*]}"
-    fi
-    say "installing ${missing[*]}"
     # No cluster of the system's own: the tests bring up private servers.
-    if [ -n "${version:-}" ] && ! installed "postgresql-$version"; then
+    if [ -n "$version" ] && ! installed "postgresql-$version" && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }; then
         as_root mkdir -p /etc/postgresql-common/createcluster.d
         echo 'create_main_cluster = false' | as_root tee /etc/postgresql-common/createcluster.d/no-main-cluster.conf >/dev/null
     fi
-    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -qq) output
-    output=$(as_root "${apt[@]}" update 2>&1) || { echo "$output"; die "apt-get update failed"; }
-    output=$(as_root "${apt[@]}" install -y --no-install-recommends "${missing[@]}" 2>&1) || { echo "$output"; die "apt-get install failed"; }
+    apt_install "${wanted[@]}" || die "the packages that the tests need could not be installed"
 }
 
 # --- the temporary folder ---------------------------------------------------------------------------------------------
@@ -82,6 +88,13 @@ install_packages() {
 # Words to put before a command: setpriv, unlike runuser, does not stay between us and the command, so $! is the command's.
 AS_USER=()
 as_user() { "${AS_USER[@]}" "$@"; }
+
+# Who does what root may not.
+choose_user() {
+    unprivileged=postgres
+    id -u postgres >/dev/null 2>&1 || unprivileged=nobody
+    AS_USER=(setpriv --reuid="$unprivileged" --regid="$(id -g "$unprivileged")" --init-groups --)
+}
 
 # Stops every server whose data folder lies under $T, and waits until it is gone.
 stop_servers() {
@@ -117,10 +130,8 @@ make_folder() {
     local chinook=${MIGRATE_CHINOOK:-$PROJECT/../shared/data/chinook.sql}
     if [ -r "$chinook" ]; then cp "$chinook" "$T/chinook.sql" && export MIGRATE_CHINOOK=$T/chinook.sql; fi
     if [ "$(id -u)" = 0 ]; then
-        local user=postgres
-        id -u postgres >/dev/null 2>&1 || user=nobody
-        AS_USER=(setpriv --reuid="$user" --regid="$(id -g "$user")" --init-groups --)
-        chown -R "$user:" "$T"
+        choose_user
+        chown -R "$unprivileged:" "$T"
         chmod -R u+w "$T/tree"
     fi
     chmod 755 "$T"
