@@ -84,7 +84,7 @@ BEGIN
     END IF;
 END $$;
 
--- Appends an event and notifies channel "migrate" with it as JSON.
+-- Appends an event and notifies channel "migrate" of it as JSON.
 CREATE FUNCTION migrate._event(m migrate._migration, caller regrole, kind text, why text DEFAULT NULL,
                                from_phase text DEFAULT NULL, to_phase text DEFAULT NULL) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -93,8 +93,8 @@ DECLARE
 BEGIN
     INSERT INTO migrate._event (migration, name, owner, by, kind, from_phase, to_phase, why)
     VALUES (m.id, m.name, m.owner, coalesce(caller::text, 'worker'), kind, from_phase, to_phase, why) RETURNING * INTO e;
-    -- A payload must stay under 8000 bytes.
-    PERFORM pg_notify('migrate', (to_jsonb(e) || jsonb_build_object('why', left(e.why, 1000)))::text);
+    -- Anybody may LISTEN: who did it and why (an error's message may hold data) is for those who may read the view.
+    PERFORM pg_notify('migrate', (to_jsonb(e) - '{why,by,owner}'::text[])::text);
 END $$;
 
 -- Moves from one phase to the next by compare-and-swap, with its event. Returns the new row; raises when the migration is
