@@ -1,0 +1,147 @@
+-- What the specs call. Loaded into two databases: one where src is migrated to dst, and (dual_writes = off) the control, which
+-- knows nothing of the extension: there dst and the view are simply other names of src. The same permutations run in both, and
+-- an application must meet the same errors and leave the same rows (test/lib/compare_control).
+\set ON_ERROR_STOP on
+
+-- The one oracle: 'ok' where both sides have the same rows and nothing is left to be done; and the rows.
+CREATE FUNCTION verdict(OUT verdict text, OUT rows text) LANGUAGE plpgsql AS $$
+BEGIN
+    verdict := coalesce(nullif(concat_ws(' ', unfinished(), (SELECT 'DIFFERENT: ' || string_agg(d::text, ' ' ORDER BY d) FROM (
+        (SELECT 'src' AS only_in, id, v FROM src EXCEPT SELECT 'src', key, value FROM dst)
+        UNION ALL (SELECT 'dst', key, value FROM dst EXCEPT SELECT 'dst', id, v FROM src)) d)), ''), 'ok');
+    rows := (SELECT string_agg(id || ' ' || v, ', ' ORDER BY id, v) FROM src);
+END $$;
+
+\if :dual_writes
+
+CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS $$
+    SELECT string_agg(kind || ' ' || key::text, ', ') FROM (
+        SELECT 'queued' AS kind, key FROM migrate._requeue UNION ALL SELECT 'failed with ' || sqlstate, key FROM migrate._failure) x
+$$;
+
+-- Dual writes are on, nothing is copied. A migration that was never switched is used again by the next permutation.
+CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY') RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF obj_description(to_regclass('src')) = key_definition THEN
+        TRUNCATE src;
+        INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
+        TRUNCATE dst;
+        RETURN;
+    END IF;
+    PERFORM remove();
+    EXECUTE format('CREATE TABLE src (id int %s, v text)', key_definition);
+    EXECUTE format('COMMENT ON TABLE src IS %L', key_definition);
+    CREATE TABLE dst (key int PRIMARY KEY, value text, note text);
+    INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
+    PERFORM migrate.define('race', source => 'src', target => 'dst', mapping => 'id AS key, v AS value', on_target_delete => 'delete');
+    PERFORM migrate.add_view('race', 'served');
+    PERFORM migrate._create_triggers(m, 'forward'), migrate._note_fingerprints(m) FROM migrate._migration m;
+END $$;
+
+CREATE FUNCTION clean() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM migrate._requeue;
+    DELETE FROM migrate._failure;
+    IF EXISTS (SELECT FROM migrate._migration WHERE phase <> 'planned') THEN
+        PERFORM remove();
+    END IF;
+END $$;
+
+CREATE FUNCTION remove() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM migrate._migration) THEN
+        UPDATE migrate._migration SET phase = 'ready';
+        PERFORM migrate.cancel('race');
+        PERFORM migrate.drop('race');
+        DROP TABLE src, dst CASCADE;
+    END IF;
+END $$;
+
+-- What a worker does in one batch: copy, and queue what was locked.
+CREATE FUNCTION copy() RETURNS text LANGUAGE sql AS $$
+    WITH batch AS MATERIALIZED (SELECT f.id, r.* FROM migrate._flow f, migrate._apply_range(f.id, NULL, NULL, 100) r),
+    queued AS (INSERT INTO migrate._requeue (flow, key) SELECT id, ARRAY[skipped[i][1]] FROM batch, generate_subscripts(skipped, 1) i)
+    SELECT 'skipped ' || coalesce(skipped::text, 'none') FROM batch
+$$;
+
+-- What it does until the queue is empty.
+CREATE FUNCTION drain() RETURNS text LANGUAGE sql AS $$
+    WITH queued AS (DELETE FROM migrate._requeue RETURNING flow, key),
+    applied AS (SELECT flow, migrate._apply_keys(flow, 'forward', array_agg(key)) AS locked FROM queued GROUP BY flow),
+    again AS (INSERT INTO migrate._requeue (flow, key) SELECT flow, ARRAY[locked[i][1]] FROM applied, generate_subscripts(locked, 1) i)
+    SELECT 'still locked ' || coalesce((SELECT locked::text FROM applied), 'none')
+$$;
+
+-- Everything is copied and the DBA may switch. A switch that finds a lock taken waits in the queue here, which the tester can tell;
+-- one that finds an old snapshot refuses after a moment.
+CREATE FUNCTION ready() RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM copy();
+    UPDATE migrate._migration SET phase = 'ready';
+    PERFORM migrate.set('race', 'require', 'dual_writes,failures,requeue,reverse,snapshots');
+    PERFORM migrate.set('race', 'lock_timeout', '60 s');
+    PERFORM migrate.set('race', 'cutover_timeout', '20 ms');
+    RETURN 'ready';
+END $$;
+
+-- The tester's own looks at who waits hold a snapshot for a moment, too: only a session that keeps one is a reason to refuse.
+CREATE FUNCTION cutover(verb text DEFAULT 'cutover') RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    answer text;
+BEGIN
+    LOOP
+        BEGIN
+            EXECUTE format('SELECT migrate.%I(%L)', verb, 'race') INTO answer;
+            RETURN answer;
+        EXCEPTION WHEN lock_not_available THEN
+            answer := SQLERRM;
+        END;
+        PERFORM pg_stat_clear_snapshot();
+        IF EXISTS (SELECT FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND backend_xmin IS NOT NULL) THEN
+            RETURN answer;
+        END IF;
+    END LOOP;
+END $$;
+
+CREATE FUNCTION rollback() RETURNS text LANGUAGE sql AS $$ SELECT cutover('rollback') $$;
+
+-- The target's owner fills a column that is not mapped.
+CREATE FUNCTION note(key int) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    UPDATE dst SET note = 'noted' WHERE dst.key = note.key;
+END $$;
+
+-- A target row without its source row, as a delete leaves that the target has refused; and what a worker does about it.
+CREATE FUNCTION leave_orphan(key int) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO dst VALUES (key, 'orphan');
+    INSERT INTO migrate._failure (flow, direction, key, sqlstate, origin, retry_at)
+    SELECT id, 'forward', ARRAY[leave_orphan.key::text], '23503', 'dual_write', 'infinity' FROM migrate._flow;
+END $$;
+CREATE FUNCTION retry(key int) RETURNS text LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM migrate._failure x WHERE x.key = ARRAY[retry.key::text] AND migrate._apply_keys(x.flow, 'forward', ARRAY[x.key]) IS NULL;
+    RETURN CASE WHEN FOUND THEN 'done' ELSE 'locked, or done before' END;
+END $$;
+
+\else
+
+CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY') RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format('CREATE TABLE src (id int %s, v text, note text)', key_definition);
+    CREATE VIEW dst AS SELECT id AS key, v AS value, note FROM src;
+    CREATE VIEW served AS SELECT id AS key, v AS value FROM src;
+    INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
+END $$;
+CREATE FUNCTION clean() RETURNS void LANGUAGE sql AS 'DROP TABLE src CASCADE';
+CREATE FUNCTION copy() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION drain() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION ready() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION cutover() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION rollback() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION note(key int) RETURNS void LANGUAGE sql AS 'SELECT';
+CREATE FUNCTION leave_orphan(key int) RETURNS void LANGUAGE sql AS 'SELECT';
+CREATE FUNCTION retry(key int) RETURNS text LANGUAGE sql AS 'SELECT NULL';
+
+\endif
