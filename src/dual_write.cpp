@@ -180,6 +180,11 @@ bool needs_subtransaction(const Mapping *m) {
     return m->on_failure == OnFailure::kRecord && (m->upsert_may_fail || m->delete_may_fail);
 }
 
+// Whether the statements' share of subtransactions is used up.
+bool is_exhausted(const Mapping *m) {
+    return needs_subtransaction(m) && subtransactions >= subtransaction_limit;
+}
+
 // All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
 bool replace(Mapping *m, const Touched &touched) {
     auto step = [&] {
@@ -221,6 +226,22 @@ void flush(CacheEntry *entry) {
     if (final) MemoryContextDelete(touched.context);
 }
 
+// What is to be gone before a foreign key's check; the rest is left to the commit.
+void flush_removals(CacheEntry *entry) {
+    Mapping *m = entry->mapping;
+    with_spi([&] {
+        const KeyList removed = copy_keys(entry->touched.remove, m);
+        if (GetCurrentTransactionNestLevel() <= entry->touched.nest_level)
+            memset(&entry->touched.remove, 0, sizeof(KeyList));
+        apply_list(m, Write::kRemove, removed);
+    });
+}
+
+// Many keys are worth some more subtransactions, in the middle of a transaction and at its end.
+void grant_subtransactions() {
+    subtransaction_limit = Max(subtransaction_limit, subtransactions + kCommitSubtransactions);
+}
+
 // How many triggers this one is nested in, itself included.
 int trigger_depth() {
     return DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum)0));
@@ -230,8 +251,7 @@ int trigger_depth() {
 // then the states are those that the application meant, and that dest's own constraints may be held against.
 void flush_outermost(CacheEntry *entry) {
     if (trigger_depth() > entry->touched.trigger_depth) return;
-    if (needs_subtransaction(entry->mapping) && subtransactions >= subtransaction_limit) return;  // left to the commit
-    flush(entry);
+    if (!is_exhausted(entry->mapping)) flush(entry);  // else left to the commit
 }
 
 CacheEntry *any_touched() {
@@ -247,7 +267,7 @@ CacheEntry *any_touched() {
 // triggers already: those that our writes have queued (SET CONSTRAINTS … DEFERRED) would be forgotten.
 void flush_all() {
     if (cache == NULL) return;
-    subtransaction_limit = subtransactions + kCommitSubtransactions;
+    grant_subtransactions();
     while (CacheEntry *entry = any_touched()) {
         PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
         flush(entry);
@@ -390,7 +410,15 @@ void note_event(CacheEntry *entry, TriggerData *data) {
         at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
     }
     DEBUG_POINT("dual write: keys noted");
-    if (at_once || entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt) flush(entry);
+    if (entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt) {
+        grant_subtransactions();
+        flush(entry);
+    } else if (at_once) {
+        if (is_exhausted(m) && !m->insert_at_once)
+            flush_removals(entry);
+        else
+            flush(entry);
+    }
 }
 
 TriggerData *trigger_data(FunctionCallInfo fcinfo) {
