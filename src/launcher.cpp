@@ -26,6 +26,7 @@ struct Databases {
 // Databases that may hold the extension, in TopMemoryContext.
 Databases list_databases() {
     Databases found = {0, NULL};
+    SetCurrentStatementStartTimestamp();
     StartTransactionCommand();
     Relation catalog = table_open(DatabaseRelationId, AccessShareLock);
     TableScanDesc scan = table_beginscan_catalog(catalog, 0, NULL);

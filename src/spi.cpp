@@ -58,10 +58,12 @@ ErrorData *attempt(Undo undo, StepFn step, void *arg) {
     ResourceOwner owner = CurrentResourceOwner;
     ErrorData *volatile error = NULL;
 
-    if (undo == Undo::kSubtransaction)
+    if (undo == Undo::kSubtransaction) {
         BeginInternalSubTransaction(NULL);
-    else
+    } else {
+        SetCurrentStatementStartTimestamp();  // for now(), and for who looks for long transactions
         StartTransactionCommand();
+    }
     if (undo == Undo::kSubtransaction) MemoryContextSwitchTo(caller);
 
     PG_TRY();

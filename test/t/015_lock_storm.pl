@@ -1,0 +1,184 @@
+# A hundred clients on hot rows, with impatient timeouts; VACUUM, ANALYZE, index builds, dumps, reports and an eager autovacuum
+# beside them. Through every phase change and clean-up the application gets no error and no deadlock.
+use strict;
+use warnings;
+use FindBin;
+use lib $FindBin::RealBin;
+
+use IPC::Run ();
+use MigrateTest;
+use Test::More;
+
+my $rows = 5000;
+my $clients = $ENV{STORM_CLIENTS} || 100;
+my $node = new_server('lock_storm', conf => <<'CONF');
+max_connections = 150
+max_parallel_workers = 0
+deadlock_timeout = '300 ms'
+autovacuum_naptime = 1
+autovacuum_vacuum_threshold = 20
+autovacuum_vacuum_scale_factor = 0
+autovacuum_analyze_threshold = 20
+autovacuum_analyze_scale_factor = 0
+autovacuum_vacuum_cost_delay = 0
+CONF
+make_users($node, $rows);
+$node->safe_psql('postgres', <<'SQL');
+CREATE ROLE app LOGIN;
+ALTER ROLE app SET lock_timeout = '5 s';
+ALTER ROLE app SET statement_timeout = '20 s';
+ALTER ROLE app SET idle_in_transaction_session_timeout = '20 s';
+GRANT SELECT, INSERT, UPDATE, DELETE ON users, user_profiles TO app;
+GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO app;
+SQL
+
+# One line of SQL that runs again and again in its own session until it is ended.
+sub again_and_again
+{
+	my ($name, $every, $sql) = @_;
+	my $psql = { in => "$sql\n\\watch $every\n", out => '', error => '' };
+	$psql->{run} = IPC::Run::start([ 'psql', '-X', '-At', '-d', $node->connstr('postgres') . " application_name=$name" ],
+		'<', \$psql->{in}, '>', \$psql->{out}, '2>', \$psql->{error});
+	return $psql;
+}
+
+sub end_all
+{
+	$_->{run}->kill_kill for @_;
+	return;
+}
+
+# What the application does. Rows are locked in the order of their keys, so that it has no deadlocks of its own; and of a row it
+# writes one side only, the table or the view: where it writes both, one of two writers must fail once it is cut over.
+my $script = <<"SQL";
+\\set a random(1, 20)
+\\set b random(1, 20)
+\\set c random(1, $rows)
+\\set d random(21, 40)
+\\set id random(1, $rows)
+\\set kind random(1, 8)
+\\if :kind <= 3
+WITH k AS MATERIALIZED (SELECT id FROM users WHERE id IN (:a, :b, :c) ORDER BY id FOR UPDATE) UPDATE users u SET name = 'name ' || :c FROM k WHERE u.id = k.id;
+\\elif :kind = 4
+BEGIN;
+UPDATE users SET bio = 'bio ' || :c WHERE id = :a;
+SELECT count(*) FROM PROFILE WHERE user_id = :b;
+COMMIT;
+\\elif :kind = 5
+INSERT INTO users (name) VALUES ('new');
+\\elif :kind = 6
+DELETE FROM users WHERE id = :id AND id > 100;
+\\elif :kind = 7
+UPDATE PROFILE SET NAMED = 'seen' WHERE user_id = :d;
+\\else
+SELECT count(*) FROM PROFILE WHERE user_id BETWEEN :id AND :id + 10;
+\\endif
+SQL
+
+sub app
+{
+	my ($name, $profile, $named) = @_;
+	my $mine = $script =~ s/PROFILE/$profile/gr =~ s/NAMED/$named/gr =~ s/user_id/$profile eq 'users' ? 'id' : 'user_id'/gre;
+	my $app = start_app($node, $name, $mine, clients => $clients, rate => 250, user => 'app');
+	poll("$name is under way", sub { app_transactions($app) > 300 });
+	return $app;
+}
+
+sub deadlocks
+{
+	my $log = PostgreSQL::Test::Utils::slurp_file($node->logfile);
+	return scalar(() = $log =~ /deadlock detected/g);
+}
+
+# Without the extension: what to compare with.
+my ($done, $failed, $longest) = stop_app(app('control', 'users', 'name'));
+is($failed, 0, 'control: no failed transactions');
+is(deadlocks(), 0, 'control: no deadlocks');
+
+sub define
+{
+	define_users($node, batch_size => 200, max_rows_per_second => 4000);
+	$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '2 s')");
+	return;
+}
+
+define();
+$node->safe_psql('postgres', "SELECT migrate.add_view('users_to_profiles', view => 'profile'); GRANT SELECT, UPDATE ON profile TO app");
+my $app = app('storm', 'profile', 'display_name');
+my @others = (
+	again_and_again('vacuum', 0.4, 'VACUUM users, user_profiles'),
+	again_and_again('analyze', 0.3, 'ANALYZE users, user_profiles'),
+	again_and_again('report', 0.3, 'WITH s AS MATERIALIZED (SELECT pg_sleep(0.5)) SELECT count(*) FROM users, s'));
+my $tables = background($node);
+# Who of the application waits for one of us, and for how long.
+my $sampler = again_and_again('sampler', 0.1, <<'SQL' =~ s/\s+/ /gr);
+SELECT count(*) || ' ' || coalesce(round(max(extract(epoch FROM clock_timestamp() - a.state_change)) * 1000), 0)
+FROM pg_stat_activity a, pg_stat_activity b
+WHERE a.usename = 'app' AND a.wait_event_type = 'Lock' AND b.pid = ANY (pg_blocking_pids(a.pid))
+    AND (b.backend_type = 'migrate_ext worker' OR b.application_name = 'dba')
+SQL
+
+# A verb, called until it gets through: being refused is polite.
+sub verb
+{
+	my ($call, %option) = @_;
+	my $refused = 0;
+	local $ENV{PGAPPNAME} = 'dba';
+	my $through = poll($call, sub {
+			my $error = error_of($node, "SELECT migrate.$call");
+			return 1 if $error eq '';
+			$error =~ /55P03|55000: .*(gates?|dual writes are not applied|refused)/s ? $refused++ : fail("$call: $error");
+			return $error !~ /55P03|55000/ });
+	ok($through, $call);
+	note("$call was refused $refused times") if $refused;
+	return;
+}
+
+my $m = 'users_to_profiles';
+verb("start('$m')");
+poll('the backfill is under way', sub { rows_copied($node) > 300 });
+verb("cancel('$m')");
+verb("drop('$m')");
+$node->safe_psql('postgres', 'TRUNCATE user_profiles');
+define();
+$node->safe_psql('postgres', "SELECT migrate.add_view('$m', view => 'profile')");
+verb("start('$m')");
+# Index work, and a dump, through the backfill.
+$tables->query_safe($_) for 'CREATE INDEX CONCURRENTLY users_name ON users (name)', 'REINDEX INDEX CONCURRENTLY users_pkey';
+command_ok_quietly('pg_dump', '-f', '/dev/null', '-d', $node->connstr('postgres'));
+wait_phase($node, 'ready');
+verb("validate('$m')");
+# A trigger is switched off and on: armed again under load. (Nobody writes meanwhile: it is done under a lock.)
+$node->safe_psql('postgres', 'BEGIN; LOCK TABLE users; ALTER TABLE users DISABLE TRIGGER USER; ALTER TABLE users ENABLE TRIGGER USER; COMMIT');
+verb("retry('$m')");
+wait_phase($node, 'ready');
+verb("cutover('$m')");
+verb("rollback('$m')");
+verb("cutover('$m')");
+my $before = app_transactions($app);
+poll('writes of both sides go on', sub { app_transactions($app) > $before });
+wait_for($node, 'what was recorded is applied', 'SELECT count(*) = 0 FROM migrate.failures');
+verb("finalize('$m', force => '$m')");
+verb("drop('$m')");
+end_all(@others);
+my ($storm_done, $storm_failed, $storm_longest) = stop_app($app);
+$sampler->{run}->pump_nb if $sampler->{run}->pumpable;
+my @looks = map { [split / /] } $sampler->{out} =~ /^(\d+ \d+)$/mg;
+end_all($sampler);
+cmp_ok(scalar @looks, '>', 10, 'it was watched');
+my @waits = sort { $a <=> $b } map { $_->[1] } grep { $_->[0] > 0 } @looks;
+note(sprintf('in %d of %d looks the application waited for us, for %s ms at most; its longest transaction took %d ms, %d ms without us',
+		scalar @waits, scalar @looks, $waits[-1] // 0, $storm_longest, $longest));
+is($storm_failed, 0, 'no failed transaction through every phase change');
+is(deadlocks(), 0, 'no deadlock');
+$tables->quit;
+$node->stop;
+done_testing();
+
+sub command_ok_quietly
+{
+	my @command = @_;
+	my $ok = IPC::Run::run(\@command, '>', \my $out, '2>', \my $error);
+	ok($ok, $command[0]) or diag($error);
+	return;
+}
