@@ -52,6 +52,7 @@ on_bare() {
     cat >"$root/try" <<'SCRIPT'
 #!/bin/bash
 set -e
+echo "127.0.0.1 localhost $(hostname)" >/etc/hosts  # sudo asks for it
 useradd --create-home --shell /bin/bash dev
 echo 'dev ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/dev
 chown -R dev: /project

@@ -62,7 +62,8 @@ on_core() (
     PG_CONFIG=$cache/source_server/installed/bin/pg_config
     setup || exit
     start_server core "shared_preload_libraries = 'migrate_ext'" 'max_connections = 50' || exit
-    core_tests regress installcheck-parallel && core_tests isolation installcheck
+    core_tests regress installcheck-parallel >"$T/passed" && core_tests isolation installcheck >>"$T/passed" || { cat "$T/passed"; exit 1; }
+    paste -sd, "$T/passed"
 )
 
 # checked_installation NAME: a copy of the server (hard links) whose `postgres` is started by the script on standard input.
@@ -93,7 +94,7 @@ on_sanitize() {
     build_source_server || return
     checked_installation sanitize <<'SCRIPT' || return
 #!/bin/bash
-export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)"
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$MIGRATE_REPORTS/asan UBSAN_OPTIONS=print_stacktrace=1:log_path=$MIGRATE_REPORTS/ubsan
 exec "$(dirname "$0")/postgres.real" "$@"
 SCRIPT
