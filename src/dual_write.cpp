@@ -231,7 +231,7 @@ void flush_removals(CacheEntry *entry) {
     Mapping *m = entry->mapping;
     with_spi([&] {
         const KeyList removed = copy_keys(entry->touched.remove, m);
-        if (GetCurrentTransactionNestLevel() <= entry->touched.nest_level)
+        if (GetCurrentTransactionNestLevel() <= outermost_level(entry->touched))
             memset(&entry->touched.remove, 0, sizeof(KeyList));
         apply_list(m, Write::kRemove, removed);
     });
