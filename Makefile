@@ -11,8 +11,8 @@ SCRIPT_PARTS = $(sort $(wildcard sql/extension/*.sql))
 DATA_built = $(EXTENSION)--$(EXTVERSION).sql
 
 # Each test of sql/*.sql is named here, in the order they run (test/run checks that none is left out).
-REGRESS = define dual_write state state_links digest validate corruption corruption_keys injection rights option preflight plan shadow view \
-	cutover finalize worker
+REGRESS = define dual_write state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan \
+	shadow view cutover finalize worker
 REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext
 
 PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-unused-parameter \

@@ -7,6 +7,7 @@ use lib $FindBin::RealBin;
 
 use MigrateTest;
 use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $node = new_server('state');
@@ -142,7 +143,7 @@ SQL
 	is(differences('SELECT id, v FROM p', 'SELECT id, v FROM q', $db), 0, 'writes to the attached partition are carried, and a TRUNCATE of one');
 	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_2');
 	repair_gap($db, 'DETACH', 'extra');
-	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_3 CONCURRENTLY');
+	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_3' . ($node->pg_version >= 14 ? ' CONCURRENTLY' : ''));
 	repair_gap($db, 'DETACH CONCURRENTLY', 'extra');
 	$node->safe_psql($db, 'INSERT INTO p VALUES (4444, \'x\'); DROP TABLE p_5');
 	repair_gap($db, 'DROP of a partition', 'extra');
@@ -222,6 +223,59 @@ SQL
 	is($node->safe_psql($db, 'SELECT count(*) FROM migrate._failure'), 0, 'nothing had to be recorded as a failure');
 	$node->safe_psql($db, 'DROP SUBSCRIPTION sub');
 	$publisher->stop;
+};
+
+# What a process has of memory of its own at its peak, in MB. (Shared buffers are 1 MB here.)
+sub peak_mb
+{
+	my ($pid) = @_;
+	my $status = PostgreSQL::Test::Utils::slurp_file("/proc/$pid/status");
+	my ($peak) = $status =~ /^VmHWM:\s+(\d+) kB/m;
+	my ($shared) = $status =~ /^RssShmem:\s+(\d+) kB/m;
+	my ($file) = $status =~ /^RssFile:\s+(\d+) kB/m;
+	return int(($peak - $shared - $file) / 1024);
+}
+
+# Rows of many MB: their number times their size never is in memory, here or in the application's session.
+subtest 'large rows' => sub {
+	my ($mb, $rows) = $ENV{MIGRATE_LONG} ? (100, 5) : (10, 8);
+	my $db = new_database('large');
+	$node->safe_psql($db, <<"SQL");
+CREATE FUNCTION long(seed int) RETURNS text LANGUAGE sql AS \$\$ SELECT repeat(string_agg(md5((seed * 100000 + g)::text), ''), $mb) FROM generate_series(1, 32768) g \$\$;
+CREATE TABLE s (id int PRIMARY KEY, small text, body text, raw bytea);
+CREATE TABLE t (id int PRIMARY KEY, small text, body text, raw bytea);
+ALTER TABLE s ALTER body SET STORAGE EXTERNAL, ALTER raw SET STORAGE EXTERNAL;
+ALTER TABLE t ALTER body SET STORAGE EXTERNAL, ALTER raw SET STORAGE EXTERNAL;
+INSERT INTO s SELECT g, 'small', long(g), CASE WHEN g = 1 THEN convert_to(long(9), 'UTF8') END FROM generate_series(1, $rows) g;
+SELECT migrate.define('large', 's', 't');
+SELECT migrate.start('large');
+SQL
+	my %peak;
+	poll('the end of the validation', sub {
+			for my $pid (worker_pids($node, $db))
+			{
+				my $now = eval { peak_mb($pid) } // 0;
+				$peak{worker} = $now if $now > ($peak{worker} // 0);
+			}
+			return phase($node, 'large', $db) =~ /^ready|failed/;
+		});
+	is(phase($node, 'large', $db), 'ready', "rows of $mb MB are copied and validated");
+	my $batches = $node->safe_psql($db, 'SELECT count(DISTINCT xmin::text) FROM t');
+	cmp_ok($batches, '>=', $mb >= 100 ? $rows : $rows / 2, "in batches of few rows ($batches for $rows rows)");
+	my $session = background($node, db => $db);
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+	# The session's own share: what the same statements take on a table without dual writes.
+	$session->query_safe($_) for 'CREATE TEMP TABLE own AS SELECT * FROM s WHERE id < 3', q{UPDATE own SET body = body || 'x' WHERE id = 1}, 'INSERT INTO own SELECT id + 10, small, body FROM own WHERE id = 2';
+	my $own = peak_mb($pid);
+	$session->query_safe($_) for q{UPDATE s SET small = 'unchanged long ones'}, q{UPDATE s SET body = body || 'x' WHERE id = 1}, 'UPDATE s SET body = NULL WHERE id = 2',
+	  'INSERT INTO s SELECT id + 10, small, body FROM s WHERE id = 3', 'UPDATE s SET id = 20 WHERE id = 4', 'DELETE FROM s WHERE id = 5';
+	$peak{backend} = peak_mb($pid);
+	$session->quit;
+	is(differences('SELECT id, small, md5(body), md5(raw) FROM s', 'SELECT id, small, md5(body), md5(raw) FROM t', $db), 0, 'and so is what the application does to them');
+	like($node->safe_psql($db, "SELECT verdict FROM migrate.validate('large')"), qr/^equal$/, 'validate agrees');
+	note("peaks in MB: worker $peak{worker}, application $peak{backend}, of which $own without dual writes");
+	cmp_ok($peak{worker}, '<', 30 + 5 * $mb, 'the worker needs a few rows at most');
+	cmp_ok($peak{backend}, '<', 30 + $own + 5 * $mb, 'and so does the application');
 };
 
 done_testing();
