@@ -13,7 +13,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
-my $rounds = $ENV{MIGRATE_LONG} ? 150 : 8;
+my $rounds = $ENV{MIGRATE_LONG} ? 150 : 6;
 my $clients = 4;
 my $seed = $ENV{MIGRATE_SEED} || time() % 1_000_000;
 srand($seed);

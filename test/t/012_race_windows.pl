@@ -92,6 +92,9 @@ sub try_window
 	# A reader whose snapshot is taken within it, and who looks again when it is closed.
 	my $reader = background($node);
 	my $seen = $reader->query_safe("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM users");
+	# And one who has locked rows of the batch, and keeps them until the batch has passed them by.
+	my $locker = background($node);
+	$locker->query_safe('BEGIN; SELECT id FROM users WHERE id IN (6, 36) FOR UPDATE') if $point eq 'batch: bound known';
 	my @begun = map { begin("SET application_name = 'writer'; $_;", 'app') } @writes;
 	wait_for($node, "$what: the writers are done or wait", <<'SQL');
 SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'app' AND (application_name <> 'writer' OR wait_event_type IS DISTINCT FROM 'Lock'))
@@ -99,6 +102,9 @@ SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'app' AND (appli
 SQL
 	$holder->query_safe('SELECT pg_advisory_unlock(7104)');
 	$holder->quit;
+	wait_for($node, "$what: the batch is done", "SELECT bool_and(checkpoint IS NOT NULL OR done) FROM migrate._range") if $point eq 'batch: bound known';
+	$locker->query_safe('ROLLBACK') if $point eq 'batch: bound known';
+	$locker->quit;
 	end($begun[$_], "$what: write $_ is done") for 0 .. $#begun;
 	end($runner, "$what: what was held is done");
 	is($reader->query_safe('SELECT count(*) FROM profile'), $seen, "$what: an old snapshot sees every row through the view") if $to eq 'cut_over';
