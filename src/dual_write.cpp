@@ -4,12 +4,11 @@
 // once: its name sorts before RI_ConstraintTrigger_…. What no statement trigger comes for (the apply worker of a
 // subscription fires none, a partition attached since has none) is applied before the commit.
 #include "dual_write.hpp"
-#include "background.hpp"
 #include "debug_point.hpp"
+#include "dual_apply.hpp"
 #include "flow.hpp"
+#include "mapping_cache.hpp"
 #include "mutant.hpp"
-#include "text.hpp"
-#include "touched.hpp"
 
 MIGRATE_FUNCTION(migrate_dual_write_row)
 MIGRATE_FUNCTION(migrate_dual_write_flush)
@@ -21,195 +20,6 @@ namespace {
 
 // A statement that touches more keys than this is applied in pieces, so that memory stays flat.
 constexpr int kFlushAt = 10000;
-// More subtransactions than 64 with a transaction ID in one transaction make every snapshot on a replica slow.
-// Statements share the first number; what they leave over is applied at the commit, in bulk, with so many more.
-constexpr int kStatementSubtransactions = 32, kCommitSubtransactions = 24;
-
-struct CacheKey {
-    int32 flow;
-    bool reverse;
-};
-
-struct CacheEntry {
-    CacheKey key;
-    Mapping *mapping;
-    bool stale;
-    Touched touched;
-};
-
-HTAB *cache = NULL;
-// Subtransactions this top-level transaction has used to keep failures from the application.
-int subtransactions = 0;
-int subtransaction_limit = kStatementSubtransactions;
-
-// A migration that this transaction has recorded failures of, to be retried by a worker; 0: none. (Of several, one will
-// do: while there are failures its worker stays, and the others' next failure starts theirs.)
-int32 failed_migration = 0;
-TimestampTz last_launch = 0;
-constexpr int kLaunchEveryMs = 30000;
-
-// ---- the cache of mappings ------------------------------------------------------------------------------------------
-
-// Any change to origin or dest (DDL, options by migrate._invalidate) makes the mapping be read again.
-void relation_changed(Datum, Oid relid) {
-    HASH_SEQ_STATUS scan;
-    hash_seq_init(&scan, cache);
-    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
-        if (entry->mapping && (relid == InvalidOid || relid == entry->mapping->origin ||
-                               relid == entry->mapping->dest || relid == entry->mapping->view))
-            entry->stale = true;
-}
-
-void create_cache() {
-    HASHCTL control = {};
-    control.keysize = sizeof(CacheKey);
-    control.entrysize = sizeof(CacheEntry);
-    control.hcxt = CacheMemoryContext;
-    cache = hash_create("migrate_ext mappings", 16, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
-    CacheRegisterRelcacheCallback(relation_changed, (Datum)0);
-}
-
-// The trigger's arguments are the flow and the direction. NULL where the mapping is gone.
-CacheEntry *find_entry(const Trigger *trigger) {
-    if (trigger->tgnargs != 2) elog(ERROR, "trigger \"%s\" has %d arguments, not 2", trigger->tgname, trigger->tgnargs);
-    if (cache == NULL) create_cache();
-    CacheKey key;
-    memset(&key, 0, sizeof key);  // padding is part of the hash
-    key.flow = pg_strtoint32(trigger->tgargs[0]);
-    key.reverse = strcmp(trigger->tgargs[1], "reverse") == 0;
-    bool found;
-    CacheEntry *entry = (CacheEntry *)hash_search(cache, &key, HASH_ENTER, &found);
-    if (!found) entry->mapping = NULL, entry->stale = false, memset(&entry->touched, 0, sizeof(Touched));
-    const bool unused = entry->touched.upsert.n == 0 && entry->touched.remove.n == 0;
-    if (entry->mapping && entry->stale && unused && !is_applying(entry->mapping->migration)) {
-        free_mapping(entry->mapping);
-        entry->mapping = NULL;
-    }
-    if (entry->mapping == NULL) {
-        entry->stale = false;
-        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse, Lifetime::kBackend); });
-    }
-    return entry->mapping ? entry : NULL;
-}
-
-// ---- applying what was touched
-// ---------------------------------------------------------------------------------------
-
-// INSERT INTO migrate._failure … as the extension's owner: in the application's transaction, so that it commits with
-// it.
-void record_failures(const Mapping *m, const KeyList &list, int from, int to, const char *state, const char *object) {
-    Oid types[5] = {INT4OID, TEXTOID, TEXTARRAYOID, TEXTOID, TEXTOID};
-    char nulls[6] = "     ";
-    if (object == NULL) nulls[4] = 'n';
-    failed_migration = m->migration;
-    DEBUG_POINT("dual write: failure to be recorded");
-    with_extension_owner([&] {
-        pin_output_settings();
-        for (int i = from; i < to; i++) {
-            Datum values[5] = {Int32GetDatum(m->flow), CStringGetTextDatum(m->reverse ? "reverse" : "forward"),
-                               key_text(list, m, i), CStringGetTextDatum(state),
-                               object ? CStringGetTextDatum(object) : (Datum)0};
-            run_sql(
-                "INSERT INTO migrate._failure (flow, direction, key, sqlstate, object, origin) VALUES ($1, $2, $3, $4, "
-                "$5, 'dual_write')",
-                5, types, values, nulls);
-        }
-    });
-    DEBUG_POINT("dual write: failure recorded");
-}
-
-enum class Write { kUpsert, kRemove };
-
-void apply_plainly(Mapping *m, Write write, const KeyList &list, int from, int to) {
-    Datum *arrays = key_arrays(list, m, from, to);
-    if (write == Write::kUpsert)
-        upsert_keys(m, arrays);
-    else
-        remove_keys(m, arrays);
-}
-
-// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection. And, where the application
-// writes both sides: that another transaction is writing dest's row. Were that recorded and retried, this transaction's
-// write of origin and the other's write of dest would both be acknowledged, and one of them lost.
-bool must_pass_on(const Mapping *m, const ErrorData *error) {
-    const int category = ERRCODE_TO_CATEGORY(error->sqlerrcode);
-    return category == ERRCODE_OPERATOR_INTERVENTION ||
-           (m->both_directions &&
-            (category == ERRCODE_TRANSACTION_ROLLBACK || error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE));
-}
-
-// best_effort: in one subtransaction; when that fails, in halves down to the row, as long as the transaction may still
-// use subtransactions. What cannot be applied is recorded, and a worker retries it.
-void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
-                     const char *last_object) {
-    // What a foreign key's check comes for next cannot wait for a worker.
-    const bool urgent = write == Write::kUpsert ? m->insert_at_once : m->delete_at_once;
-    if (subtransactions >= subtransaction_limit && !urgent) {
-        record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
-        return;
-    }
-    subtransactions++;
-    auto step = [&] {
-        apply_plainly(m, write, list, from, to);
-        DEBUG_POINT("dual write: keys applied below a savepoint");
-    };
-    ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error == NULL) return;
-    if (must_pass_on(m, error)) ReThrowError(error);
-    const char *state = pstrdup(unpack_sql_state(error->sqlerrcode));
-    const char *object = error->constraint_name ? error->constraint_name : error->column_name;
-    if (to - from == 1) {
-        record_failures(m, list, from, to, state, object);
-        return;
-    }
-    const int middle = from + (to - from) / 2;
-    apply_or_record(m, write, list, from, middle, state, object);
-    apply_or_record(m, write, list, middle, to, state, object);
-}
-
-void apply_list(Mapping *m, Write write, const KeyList &list) {
-    if (list.n == 0) return;
-    const bool may_fail = write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail;
-    if (may_fail && m->on_failure == OnFailure::kRecord)
-        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
-    else
-        apply_plainly(m, write, list, 0, list.n);
-}
-
-bool needs_subtransaction(const Mapping *m) {
-    return m->on_failure == OnFailure::kRecord && (m->upsert_may_fail || m->delete_may_fail);
-}
-
-// Whether the statements' share of subtransactions is used up.
-bool is_exhausted(const Mapping *m) {
-    return needs_subtransaction(m) && subtransactions >= subtransaction_limit;
-}
-
-// All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
-bool replace(Mapping *m, const Touched &touched) {
-    auto step = [&] {
-        replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
-                     key_arrays(touched.upsert, m, 0, touched.upsert.n));
-    };
-    if (!needs_subtransaction(m)) {
-        step();
-        return true;
-    }
-    if (subtransactions >= subtransaction_limit) return false;
-    subtransactions++;
-    ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error && must_pass_on(m, error)) ReThrowError(error);
-    return error == NULL;
-}
-
-// Deletes come first: a key that was taken away and given to another row must be free before that row is written.
-void apply_touched(Mapping *m, const Touched &touched) {
-    if (touched.remove.n > 0 && touched.upsert.n > 0 && replace(m, touched)) return;
-    apply_list(m, Write::kRemove, touched.remove);
-    DEBUG_POINT("dual write: deletes done");
-    apply_list(m, Write::kUpsert, touched.upsert);
-}
-
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
@@ -237,11 +47,6 @@ void flush_removals(CacheEntry *entry) {
     });
 }
 
-// Many keys are worth some more subtransactions, in the middle of a transaction and at its end.
-void grant_subtransactions() {
-    subtransaction_limit = Max(subtransaction_limit, subtransactions + kCommitSubtransactions);
-}
-
 // How many triggers this one is nested in, itself included.
 int trigger_depth() {
     return DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum)0));
@@ -256,17 +61,15 @@ void flush_outermost(CacheEntry *entry) {
 
 CacheEntry *any_touched() {
     CacheEntry *found = NULL;
-    HASH_SEQ_STATUS scan;
-    hash_seq_init(&scan, cache);
-    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
+    for_each_entry([&found](CacheEntry *entry) {
         if (entry->touched.upsert.n > 0 || entry->touched.remove.n > 0) found = entry;
+    });
     return found;
 }
 
 // One write may lead to another, where one migration's target is another's source. The server has fired the deferred
 // triggers already: those that our writes have queued (SET CONSTRAINTS … DEFERRED) would be forgotten.
 void flush_all() {
-    if (cache == NULL) return;
     grant_subtransactions();
     while (CacheEntry *entry = any_touched()) {
         PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
@@ -276,15 +79,6 @@ void flush_all() {
     }
 }
 
-// The worker that retries failures may have ended for want of work. It must not look before they are committed.
-void launch_retry() {
-    if (failed_migration == 0) return;
-    const TimestampTz now = GetCurrentTimestamp();
-    if (!TimestampDifferenceExceeds(last_launch, now, kLaunchEveryMs)) return;
-    last_launch = now;
-    (void)launch_migration_worker(failed_migration, 0);  // without a free slot the next failure, or verb, tries again
-}
-
 // What a lost transaction touched needs no writing; its memory is gone with it.
 void at_transaction_end(XactEvent event, void *) {
     if (event == XACT_EVENT_PRE_COMMIT || event == XACT_EVENT_PRE_PREPARE) {
@@ -292,25 +86,18 @@ void at_transaction_end(XactEvent event, void *) {
         return;
     }
     if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
-    if (event == XACT_EVENT_COMMIT) launch_retry();
-    failed_migration = 0;
-    subtransactions = 0;
-    subtransaction_limit = kStatementSubtransactions;
-    if (cache == NULL) return;
-    HASH_SEQ_STATUS scan;
-    hash_seq_init(&scan, cache);
-    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan)) memset(&entry->touched, 0, sizeof(Touched));
+    end_applying_transaction(event == XACT_EVENT_COMMIT);
+    for_each_entry([](CacheEntry *entry) { memset(&entry->touched, 0, sizeof(Touched)); });
 }
 
 void at_subtransaction_end(SubXactEvent event, SubTransactionId, SubTransactionId, void *) {
-    if (cache == NULL || (event != SUBXACT_EVENT_ABORT_SUB && event != SUBXACT_EVENT_COMMIT_SUB)) return;
-    HASH_SEQ_STATUS scan;
-    hash_seq_init(&scan, cache);
-    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan))
+    const int level = GetCurrentTransactionNestLevel();
+    for_each_entry([event, level](CacheEntry *entry) {
         if (event == SUBXACT_EVENT_ABORT_SUB)
-            forget_level(&entry->touched, GetCurrentTransactionNestLevel());
-        else
-            merge_level(&entry->touched, GetCurrentTransactionNestLevel());
+            forget_level(&entry->touched, level);
+        else if (event == SUBXACT_EVENT_COMMIT_SUB)
+            merge_level(&entry->touched, level);
+    });
 }
 
 // ---- what a row event touched

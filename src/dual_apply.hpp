@@ -1,0 +1,24 @@
+// Applying touched keys on behalf of the application: with failures as the migration's option dual_write says.
+#pragma once
+#include "touched.hpp"
+
+namespace migrate {
+
+enum class Write { kUpsert, kRemove };
+
+// One list of keys. strict: an error is the statement's. best_effort: what fails is recorded, and a worker retries it.
+void apply_list(Mapping *mapping, Write write, const KeyList &list);
+
+// Removals and upserts, as one change where dest allows.
+void apply_touched(Mapping *mapping, const Touched &touched);
+
+// Whether the statements' share of subtransactions, which best_effort takes, is used up in this transaction.
+bool is_exhausted(const Mapping *mapping);
+
+// Many keys are worth some more subtransactions, in the middle of a transaction and at its end.
+void grant_subtransactions();
+
+// At the end of a transaction. committed: a worker is started for the failures it recorded.
+void end_applying_transaction(bool committed);
+
+}  // namespace migrate

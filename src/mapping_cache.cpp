@@ -1,0 +1,57 @@
+#include "mapping_cache.hpp"
+#include "flow.hpp"
+
+namespace migrate {
+namespace {
+
+HTAB *cache = NULL;
+
+// Any change to origin or dest (DDL, options by migrate._invalidate) makes the mapping be read again.
+void relation_changed(Datum, Oid relid) {
+    for_each_entry([relid](CacheEntry *entry) {
+        if (entry->mapping && (relid == InvalidOid || relid == entry->mapping->origin ||
+                               relid == entry->mapping->dest || relid == entry->mapping->view))
+            entry->stale = true;
+    });
+}
+
+void create_cache() {
+    HASHCTL control = {};
+    control.keysize = sizeof(CacheKey);
+    control.entrysize = sizeof(CacheEntry);
+    control.hcxt = CacheMemoryContext;
+    cache = hash_create("migrate_ext mappings", 16, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+    CacheRegisterRelcacheCallback(relation_changed, (Datum)0);
+}
+
+}  // namespace
+
+bool begin_entries(HASH_SEQ_STATUS *scan) {
+    if (cache == NULL) return false;
+    hash_seq_init(scan, cache);
+    return true;
+}
+
+CacheEntry *find_entry(const Trigger *trigger) {
+    if (trigger->tgnargs != 2) elog(ERROR, "trigger \"%s\" has %d arguments, not 2", trigger->tgname, trigger->tgnargs);
+    if (cache == NULL) create_cache();
+    CacheKey key;
+    memset(&key, 0, sizeof key);  // padding is part of the hash
+    key.flow = pg_strtoint32(trigger->tgargs[0]);
+    key.reverse = strcmp(trigger->tgargs[1], "reverse") == 0;
+    bool found;
+    CacheEntry *entry = (CacheEntry *)hash_search(cache, &key, HASH_ENTER, &found);
+    if (!found) entry->mapping = NULL, entry->stale = false, memset(&entry->touched, 0, sizeof(Touched));
+    const bool unused = entry->touched.upsert.n == 0 && entry->touched.remove.n == 0;
+    if (entry->mapping && entry->stale && unused && !is_applying(entry->mapping->migration)) {
+        free_mapping(entry->mapping);
+        entry->mapping = NULL;
+    }
+    if (entry->mapping == NULL) {
+        entry->stale = false;
+        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse, Lifetime::kBackend); });
+    }
+    return entry->mapping ? entry : NULL;
+}
+
+}  // namespace migrate

@@ -1,0 +1,34 @@
+// The mappings that this backend's dual writes have used, each with the keys that are still to be applied.
+#pragma once
+#include "touched.hpp"
+
+namespace migrate {
+
+struct CacheKey {
+    int32 flow;
+    bool reverse;
+};
+
+struct CacheEntry {
+    CacheKey key;
+    Mapping *mapping;
+    bool stale;
+    Touched touched;
+};
+
+// The entry of the trigger's arguments, flow and direction; its mapping is read again where it is out of date and not
+// in use. NULL where the mapping is gone.
+CacheEntry *find_entry(const Trigger *trigger);
+
+// False where there are none.
+bool begin_entries(HASH_SEQ_STATUS *scan);
+
+// Calls each(entry) for all of them.
+template <class Fn>
+void for_each_entry(Fn each) {
+    HASH_SEQ_STATUS scan;
+    if (!begin_entries(&scan)) return;
+    while (CacheEntry *entry = (CacheEntry *)hash_seq_search(&scan)) each(entry);
+}
+
+}  // namespace migrate
