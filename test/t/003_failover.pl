@@ -63,9 +63,9 @@ make_users($first, $rows, references => 1);
 my $second = replica_of($first, 'second');
 
 subtest 'in the middle of the backfill' => sub {
-	define_users($first, max_rows_per_second => 2000, batch_size => 200);
+	define_users($first, max_rows_per_second => 1000, batch_size => 100);
 	$first->safe_psql('postgres', "SELECT migrate.add_view('$m', view => 'profile'); SELECT migrate.start('$m')");
-	poll('some rows are copied', sub { rows_copied($first) > 1000 });
+	poll('some rows are copied', sub { rows_copied($first) > 500 });
 	my @acknowledged = lose($first, $second, "UPDATE users SET name = 'before' WHERE id = ID");
 	is(phase($second), 'backfilling', 'the backfill is in its middle');
 	is($second->safe_psql('postgres', 'SELECT state FROM migrate.progress'), 'waiting', 'no clone: it only waits for a worker');

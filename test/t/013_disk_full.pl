@@ -88,7 +88,7 @@ sub finish
 my $waits = "SELECT state = 'throttled' AND throttled_by LIKE 'could not write: %No space left on device (53100)' FROM migrate.progress";
 
 subtest 'the disk of the data is full' => sub {
-	database('data', 8_000);
+	database('data', 2_000);
 	my $from = log_size();
 	fill($node->data_dir . '/base');
 	wait_for($node, 'the worker waits', $waits, 't', 'data');

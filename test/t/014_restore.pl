@@ -26,12 +26,12 @@ sub database
 	$node->safe_psql('postgres', "CREATE DATABASE $db");
 	$node->safe_psql($db, 'CREATE EXTENSION migrate_ext');
 	make_users($node, $rows, db => $db, references => 1);
-	define_users($node, db => $db);
+	define_users($node, db => $db, batch_size => 100);
 	$node->safe_psql($db, "SELECT migrate.add_view('$m', view => 'profile')");
 	return if $phase eq 'planned';
-	$node->safe_psql($db, "SELECT migrate.set('$m', 'max_rows_per_second', '1500')") if $phase eq 'backfilling';
+	$node->safe_psql($db, "SELECT migrate.set('$m', 'max_rows_per_second', '300')") if $phase eq 'backfilling';
 	$node->safe_psql($db, "SELECT migrate.start('$m')");
-	wait_for($node, 'a worker is at work', 'SELECT sum(rows_done) > 500 FROM migrate._range', 't', $db) if $phase eq 'backfilling';
+	wait_for($node, 'a worker is at work', 'SELECT sum(rows_done) > 100 FROM migrate._range', 't', $db) if $phase eq 'backfilling';
 	return if $phase eq 'backfilling';
 	is(error_of($node, "CALL migrate.wait('$m', timeout => '120 s')", db => $db), '', "$db is ready");
 	$node->safe_psql($db, "SELECT migrate.cutover('$m')") if $phase eq 'cut_over';

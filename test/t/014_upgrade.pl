@@ -14,14 +14,14 @@ my $m = 'users_to_profiles';
 my $rows = 6000;
 my $old = new_server('old', preload => 1);
 my %databases = (filling => 'backfilling', switched => 'cut_over', $ENV{MIGRATE_LONG} ? (done => 'ready') : ());
-for my $db (sort keys %databases)
+for my $db (reverse sort keys %databases)    # filling is the last, for it must not be done before the upgrade
 {
 	$old->safe_psql('postgres', "CREATE DATABASE $db");
 	$old->safe_psql($db, 'CREATE EXTENSION migrate_ext');
 	make_users($old, $rows, db => $db, references => 1);
 	# Other OIDs than those a new cluster would hand out by itself.
 	$old->safe_psql($db, 'CREATE TABLE gone (id int); DROP TABLE gone');
-	define_users($old, db => $db, max_rows_per_second => $db eq 'filling' ? '500' : 'none', batch_size => 100);
+	define_users($old, db => $db, max_rows_per_second => $db eq 'filling' ? '100' : 'none', batch_size => 50);
 	$old->safe_psql($db, "SELECT migrate.add_view('$m', view => 'profile'); SELECT migrate.start('$m')");
 	next if $db eq 'filling';
 	is(error_of($old, "CALL migrate.wait('$m', timeout => '120 s')", db => $db), '', 'ready');

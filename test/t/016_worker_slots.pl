@@ -55,8 +55,8 @@ subtest 'reload' => sub {
 
 subtest 'two databases, one slot beside the launcher' => sub {
 	# (Databases are looked into in the order of pg_database, mostly that of their creation.)
-	database('a', 15_000, 1500);
-	database('b', 15_000, 1500);
+	database('a', 15_000, 300);
+	database('b', 15_000, 300);
 	# In b a second migration, which will not have a slot either.
 	$node->safe_psql('b', "CREATE TABLE one (id int PRIMARY KEY); INSERT INTO one SELECT generate_series(1, 100); CREATE TABLE two (id int PRIMARY KEY); SELECT migrate.define('second', 'one', 'two', on_target_delete => 'delete');"
 		  . " SELECT migrate.set('second', 'max_rows_per_second', '1'); SELECT migrate.start('second')");
