@@ -13,7 +13,8 @@ DATA_built = $(EXTENSION)--$(EXTVERSION).sql
 # Each test of sql/*.sql is named here, in the order they run (test/run checks that none is left out).
 REGRESS = define dual_write state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan \
 	shadow view cutover finalize worker
-REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext
+# A database of its own encoding, whatever the cluster's.
+REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext --encoding=UTF8 --no-locale
 
 PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall -Wextra -Wno-unused-parameter \
 	-Wno-missing-field-initializers -MMD -MP -isystem $(shell $(PG_CONFIG) --includedir-server) $(EXTRA_CXXFLAGS)

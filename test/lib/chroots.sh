@@ -62,7 +62,7 @@ cd /project
 bash test/run checks regress pgtap
 make -s
 sudo make -s install
-pg_virtualenv make -s installcheck
+pg_virtualenv make -s installcheck || { head -150 regression.diffs; exit 1; }
 AS_DEV
 exec su - dev -c 'bash /try_as_dev'
 SCRIPT
