@@ -109,7 +109,8 @@ INSERT INTO profiles VALUES (1000, 'by its own key', NULL);
 SELECT migrate.cutover('m');
 INSERT INTO profile (display_name) VALUES ('past 1000') RETURNING user_id;
 SELECT differences();
-SELECT kind, from_phase, to_phase FROM migrate.events WHERE migration = 'm' AND (kind IN ('cutover', 'rollback') OR to_phase = 'cut_over') ORDER BY at;
+SELECT kind, from_phase, to_phase FROM migrate.events WHERE migration = 'm' AND (kind IN ('cutover', 'rollback') OR to_phase = 'cut_over')
+    AND at >= (SELECT max(at) FROM migrate.events WHERE migration = 'm' AND kind = 'define') ORDER BY at;
 SELECT migrate.finalize('m', force => 'm');
 SELECT migrate.cutover('m');
 SELECT migrate.rollback('m');
