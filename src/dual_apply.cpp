@@ -100,6 +100,7 @@ bool replace(Mapping *m, const Touched &touched) {
     auto step = [&] {
         replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
                      key_arrays(touched.upsert, m, 0, touched.upsert.n));
+        DEBUG_POINT("dual write: keys replaced");
     };
     if (!needs_subtransaction(m)) {
         step();

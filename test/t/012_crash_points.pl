@@ -67,6 +67,7 @@ my %situation = (
 	drop         => { from => 'cancelled', to => 'none', run => "SELECT migrate.drop('m')" },
 	write        => { from => 'ready', run => "UPDATE users SET name = name || 'W' WHERE id BETWEEN 200 AND 210;" },
 	move         => { from => 'ready', run => 'UPDATE users SET id = id + 5000 WHERE id = (SELECT min(id) FROM users WHERE id > 220);' },
+	erase        => { from => 'ready', run => 'DELETE FROM users WHERE id = (SELECT min(id) FROM users WHERE id > 220);' },
 	write_back   => { from => 'cut_over', run => "UPDATE profile SET display_name = display_name || 'B' WHERE user_id BETWEEN 200 AND 210;" },
 	write_refused => { from => 'ready', run => "UPDATE users SET name = 'refused' WHERE id = 220;" },
 	truncate     => { from => 'ready', run => 'TRUNCATE users', empties => 1, no_key => 1 },
@@ -101,7 +102,8 @@ my @reached_in = (
 	[ qr/^dual write: truncate/ => qw(truncate truncate_back) ],
 	[ qr/^dual write: .*failure/ => qw(write_refused) ],
 	[ qr/^dual write: keys applied below/ => qw(write) ],
-	[ qr/^dual write: / => qw(move write_back) ],
+	[ qr/^dual write: keys replaced/ => qw(move) ],
+	[ qr/^dual write: / => qw(erase write_back) ],
 	[ qr/^transaction: / => qw(write start cutover rollback cancel finalize drop) ]);
 
 sub trials

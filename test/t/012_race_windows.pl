@@ -73,7 +73,8 @@ my @windows = (
 	[ 'switch: old snapshots gone', 'cut_over', "SELECT migrate.rollback('m')", 'ready', @source_writes, @view_writes ],
 	[ 'switch: one view replaced', 'cut_over', "SELECT migrate.rollback('m')", 'ready', @source_writes, @view_writes ],
 	[ 'dual write: keys noted', 'ready', 'UPDATE users SET id = id + 10000 WHERE id BETWEEN 30 AND 45', 'ready', @committed_writes ],
-	[ 'dual write: deletes done', 'ready', 'UPDATE users SET id = id + 10000 WHERE id IN (21, 22, 100)', 'ready', @view_writes ],
+	[ 'dual write: deletes done', 'ready', 'DELETE FROM users WHERE id IN (21, 100)', 'ready', @committed_writes ],
+	[ 'dual write: keys replaced', 'ready', 'UPDATE users SET id = id + 10000 WHERE id IN (21, 22, 100)', 'ready', @view_writes ],
 	[ 'dual write: upserts done', 'ready', "UPDATE users SET name = 'mine' WHERE id BETWEEN 1 AND 60", 'ready', @committed_writes ]);
 
 sub try_window
