@@ -89,7 +89,9 @@ CREATE FUNCTION equal(c cases) RETURNS boolean LANGUAGE plpgsql AS $$
 DECLARE
     r boolean;
 BEGIN
-    EXECUTE format(CASE WHEN c.type LIKE '% COLLATE %' THEN 'SELECT ARRAY[%1$L::text COLLATE loose] = ARRAY[%2$L COLLATE loose]' ELSE 'SELECT ARRAY[%1$L::%3$s] = ARRAY[%2$L::%3$s]' END, c.a, c.b, c.type) INTO r;
+    EXECUTE format(CASE WHEN c.type LIKE '% COLLATE %' THEN 'SELECT ARRAY[%1$L::text COLLATE loose] = ARRAY[%2$L COLLATE loose]'
+        WHEN c.type = 'oidvector' THEN 'SELECT %1$L::%3$s = %2$L::%3$s'  -- in an array they are equal before PostgreSQL 14
+        ELSE 'SELECT ARRAY[%1$L::%3$s] = ARRAY[%2$L::%3$s]' END, c.a, c.b, c.type) INTO r;
     RETURN r AND c.b IS NOT NULL;
 EXCEPTION WHEN undefined_function THEN
     RETURN false;
