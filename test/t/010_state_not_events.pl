@@ -143,7 +143,7 @@ SQL
 	is(differences('SELECT id, v FROM p', 'SELECT id, v FROM q', $db), 0, 'writes to the attached partition are carried, and a TRUNCATE of one');
 	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_2');
 	repair_gap($db, 'DETACH', 'extra');
-	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_3' . ($node->pg_version >= 14 ? ' CONCURRENTLY' : ''));
+	$node->safe_psql($db, 'ALTER TABLE p DETACH PARTITION p_3' . (server_major() >= 14 ? ' CONCURRENTLY' : ''));
 	repair_gap($db, 'DETACH CONCURRENTLY', 'extra');
 	$node->safe_psql($db, 'INSERT INTO p VALUES (4444, \'x\'); DROP TABLE p_5');
 	repair_gap($db, 'DROP of a partition', 'extra');

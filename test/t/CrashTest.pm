@@ -20,7 +20,8 @@ my $boss = [ '-U', 'boss' ];    # superuser of the tests: the bootstrap superuse
 sub crash_server
 {
 	my ($name, %option) = @_;
-	my $node = new_server($name, preload => $option{preload} // 1, conf => "fsync = on\nrecovery_init_sync_method = syncfs\nshared_buffers = 16MB\n" . ($option{conf} // ''));
+	my $sync = server_major() >= 14 ? "recovery_init_sync_method = syncfs\n" : '';
+	my $node = new_server($name, preload => $option{preload} // 1, conf => "fsync = on\n${sync}shared_buffers = 16MB\n" . ($option{conf} // ''));
 	$node->safe_psql('postgres', <<'SQL');
 CREATE ROLE boss SUPERUSER LOGIN;
 CREATE ROLE app LOGIN;

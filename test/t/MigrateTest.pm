@@ -13,10 +13,17 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_server make_users define_users poll wait_for wait_phase value phase rows_copied
-  start_app stop_app app_transactions background differing worker_pids error_of);
+  start_app stop_app app_transactions background differing worker_pids error_of server_major);
 
 # What one waits for at most, in seconds: only a hang takes as long.
 our $patience = 180;
+
+# The server's major version; PostgreSQL 13's own test modules cannot tell it.
+sub server_major
+{
+	my ($major) = `pg_config --version` =~ /^PostgreSQL (\d+)/ or die 'pg_config --version';
+	return $major;
+}
 
 # A running server with the extension in database postgres. Options: preload => 1, conf => text, streaming => 1, encoding.
 sub new_server
