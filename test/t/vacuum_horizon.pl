@@ -9,7 +9,7 @@ use IPC::Run ();
 use MigrateTest;
 use Test::More;
 
-my $rows = $ENV{MIGRATE_LONG} ? 400_000 : 40_000;
+my $rows = $ENV{MIGRATE_LONG} ? 400_000 : 30_000;
 my $node = new_server('vacuum_horizon', conf => "autovacuum = off\nmax_parallel_workers = 0\n");
 make_users($node, $rows);
 # The mapping takes its time, so that each phase lasts for many batches or ranges.
@@ -89,10 +89,11 @@ SQL
 note($node->safe_psql('postgres', "SELECT count(*) || ' events' FROM migrate._event"), ', ', $node->safe_psql('postgres', "SELECT n_tup_upd || ' updates of the range' FROM pg_stat_user_tables WHERE relid = 'migrate._range'::regclass"));
 cmp_ok(hot_pages(), '<=', 3 * $control + 6, "the hot table has not grown ($control pages before)");
 
-# Rows of the application's that stay locked: the backfill ends with them.
+# Enough of small batches. Rows of the application's that stay locked: the backfill ends with them.
 my $holder = background($node);
 $holder->query_safe($_) for 'BEGIN', "SELECT count(*) FROM (SELECT FROM users WHERE id > $rows - 200 FOR UPDATE) x";
-wait_for($node, 'the rows that are locked are waited for', "SELECT throttled_by LIKE 'waiting for 200 locked rows%' FROM migrate.progress");
+wait_for($node, 'the rows that are locked are waited for', "SELECT throttled_by LIKE 'waiting for 200 locked rows%' FROM migrate.progress")
+  or diag($node->safe_psql('postgres', 'SELECT * FROM migrate.progress'));
 
 # It looks at them again and again, and leaves no dead rows: nobody could vacuum them before the lock's holder ends.
 sub requeue { return split /\|/, $node->safe_psql('postgres', "SELECT seq_scan + coalesce(idx_scan, 0), n_tup_ins + n_tup_upd + n_tup_del FROM pg_stat_user_tables WHERE relid = 'migrate._requeue'::regclass") }
