@@ -1,8 +1,9 @@
 # Sourced by test/servers: PostgreSQL 15 built from Debian's source, with assertions and with what valgrind needs to know of its memory.
 
 SOURCE_PACKAGE=postgresql-15 SOURCE_SUITE=bookworm
-# These tests run several times slower under a checker; they reach every layer of src/.
-CHECKED_TESTS=(define dual_write digest validate worker)
+# Under a checker tests run ten times slower (sanitizers) to a hundred times (valgrind); these reach every layer of src/.
+SANITIZED_TESTS=(define dual_write digest validate worker)
+VALGRIND_TESTS=(define dual_write worker)
 
 # The source package's files in $1, by an apt configuration of its own: the system's stays as it is. A mirror may list a version
 # whose files it no longer holds: then the one before.
@@ -74,16 +75,17 @@ checked_installation() {
         as_user tee "$home/$1/bin/postgres" >/dev/null && as_user chmod 755 "$home/$1/bin/postgres"
 }
 
-# under_checker NAME: the checked tests on that installation. Every file that the checker writes into $MIGRATE_REPORTS is a failure.
+# under_checker NAME TEST…: those tests on that installation. Every file that the checker writes into $MIGRATE_REPORTS is a failure.
 under_checker() {
-    local reports status
+    local name=$1 reports status
+    shift
     reports=$(mktemp -d) && chown "$unprivileged:" "$reports" || return
-    MIGRATE_REPORTS=$reports MIGRATE_PATIENCE=3000 run_on "$cache/source_server/$1" "${CHECKED_TESTS[@]}"
+    MIGRATE_REPORTS=$reports MIGRATE_PATIENCE=3000 run_on "$cache/source_server/$name" "$@"
     status=$?
     find "$reports" -type f -size 0 -delete
     if [ -n "$(ls "$reports")" ]; then
         cat "$reports"/* | head -200
-        echo "error: $1 has reported $(ls "$reports" | wc -l) processes"
+        echo "error: $name has reported $(ls "$reports" | wc -l) processes"
         status=1
     fi
     rm -rf "$reports"
@@ -98,7 +100,7 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$MIGRATE_REPORTS/asan UBSAN_OPTIONS=print_stacktrace=1:log_path=$MIGRATE_REPORTS/ubsan
 exec "$(dirname "$0")/postgres.real" "$@"
 SCRIPT
-    EXTRA_CXXFLAGS='-fsanitize=address,undefined -fno-wrapv -fno-omit-frame-pointer' under_checker sanitize
+    EXTRA_CXXFLAGS='-fsanitize=address,undefined -fno-wrapv -fno-omit-frame-pointer' under_checker sanitize "${SANITIZED_TESTS[@]}"
 }
 
 on_valgrind() {
@@ -110,5 +112,5 @@ case " \$* " in *" --boot "* | *" --single "* | *" --check "* | *" -V "* | *" -C
 exec valgrind --quiet --trace-children=yes --leak-check=no --error-markers=VALGRINDERROR-BEGIN,VALGRINDERROR-END --read-var-info=no \\
     --suppressions=$cache/source_server/source/src/tools/valgrind.supp --log-file="\$MIGRATE_REPORTS/%p" "\$(dirname "\$0")/postgres.real" "\$@"
 SCRIPT
-    under_checker valgrind
+    under_checker valgrind "${VALGRIND_TESTS[@]}"
 }
