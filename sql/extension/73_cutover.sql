@@ -50,15 +50,13 @@ BEGIN
         migrate._relation_name(relation))) r);
 END $$;
 
--- As pg_sequence_last_value(), which would lock the sequence until the transaction ends (even if it is undone).
+-- As pg_sequence_last_value(), which would lock the sequence until the transaction ends (even if it is undone). Read as the sequence's
+-- owner: while the name waits for a lock he may give it to a view, whose functions must not run as the extension's owner.
 CREATE FUNCTION migrate._last_value(sequence regclass) RETURNS bigint
-LANGUAGE plpgsql AS $$
-DECLARE
-    value bigint;
-BEGIN
-    EXECUTE format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence)) INTO value;
-    RETURN value;
-END $$;
+LANGUAGE sql AS $$
+    SELECT r[1]::bigint FROM migrate._as(migrate._table_owner(sequence),
+        format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence))) r
+$$;
 
 -- Where each sequence must stand so that its next value is new on both sides: past every value of the columns and past every sequence
 -- that feeds them, in its own step. beyond: that value, where the sequence cannot reach it. floors: values found earlier, by a scan.
