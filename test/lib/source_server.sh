@@ -97,10 +97,11 @@ on_sanitize() {
     checked_installation sanitize <<'SCRIPT' || return
 #!/bin/bash
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:log_path=$MIGRATE_REPORTS/asan UBSAN_OPTIONS=print_stacktrace=1:log_path=$MIGRATE_REPORTS/ubsan
+# A report ends the process, which ends the test: the server's log has the report.
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:abort_on_error=1
 exec "$(dirname "$0")/postgres.real" "$@"
 SCRIPT
-    EXTRA_CXXFLAGS='-fsanitize=address,undefined -fno-wrapv -fno-omit-frame-pointer' under_checker sanitize "${SANITIZED_TESTS[@]}"
+    EXTRA_CXXFLAGS='-fsanitize=address,undefined -fno-sanitize-recover=all -fno-wrapv -fno-omit-frame-pointer' under_checker sanitize "${SANITIZED_TESTS[@]}"
 }
 
 on_valgrind() {
