@@ -33,6 +33,10 @@ build_source_server() {
     mkdir -p "$home/source" && download_source "$home" || return
     archive=$(ls "$home"/*.orig.tar.*)
     tar -C "$home/source" --strip-components=1 -xf "$archive" || return
+    # One assertion is too strict: a subtransaction that is rolled back while the transaction commits (an EXCEPTION block of a deferred
+    # trigger, in PL/pgSQL as well as here) is allowed by BeginInternalSubTransaction and trips it at its end.
+    sed -i '/^RollbackAndReleaseCurrentSubTransaction/,/^}/s/s->blockState == TBLOCK_STARTED);/s->blockState == TBLOCK_STARTED || s->blockState == TBLOCK_END || s->blockState == TBLOCK_PREPARE);/' \
+        "$home/source/src/backend/access/transam/xact.c"
     chown -R "$unprivileged:" "$home"
     (cd "$home/source" && as_user ./configure --prefix="$home/installed" --enable-cassert --enable-debug --enable-tap-tests --with-icu --with-libxml \
         --without-readline CFLAGS='-O1 -g -fno-omit-frame-pointer' CPPFLAGS=-DUSE_VALGRIND &&
