@@ -49,11 +49,17 @@ sub end_prepared
 	return $self->SUPER::end_prepared;
 }
 
-# A snapshot that is younger than its locks: TRUNCATE shows to snapshots that are older than it.
+# A snapshot that is younger than its locks: TRUNCATE shows to snapshots that are older than it. False where the locks are not to be
+# had: a prepared transaction may have truncated a table, everybody else wait for it, and it is this session that has to end it.
 sub begin
 {
 	my ($self) = @_;
-	return $self->connect && $self->{db}->do('BEGIN ISOLATION LEVEL REPEATABLE READ; LOCK TABLE s, t IN ACCESS SHARE MODE');
+	return $self->connect && $self->{db}->do(<<'SQL');
+BEGIN ISOLATION LEVEL REPEATABLE READ;
+SET LOCAL lock_timeout = '1 s';
+LOCK TABLE s, t IN ACCESS SHARE MODE;
+SET LOCAL lock_timeout = 0;
+SQL
 }
 
 # Runs the queries, by name; whatever one of them gives is a fault.
