@@ -36,7 +36,7 @@ in_root() {
 on_packaged() {
     local suite
     case $1 in 13) suite=bullseye ;; 17) suite=trixie ;; 18) suite=forky ;; esac
-    make_root "postgresql-$1" "$suite" make g++ "postgresql-$1" "postgresql-server-dev-$1" "postgresql-$1-pgtap" libipc-run-perl \
+    make_root "postgresql-$1" "$suite" make g++ "postgresql-$1" "postgresql-server-dev-$1" "postgresql-$1-pgtap" libipc-run-perl libdbd-pg-perl \
         libtap-parser-sourcehandler-pgtap-perl || return
     in_root "$cache/postgresql-$1" env PG_CONFIG="/usr/lib/postgresql/$1/bin/pg_config" bash /project/test/run
 }

@@ -65,7 +65,7 @@ apt_install() {
 
 install_packages() {
     command -v dpkg-query >/dev/null || { say "not a Debian: taking for granted that everything needed is installed"; return; }
-    local wanted=(make g++ libipc-run-perl libtap-parser-sourcehandler-pgtap-perl) version=
+    local wanted=(make g++ libipc-run-perl libdbd-pg-perl libtap-parser-sourcehandler-pgtap-perl) version=
     # A server outside Debian's place was built by hand: its packages are its owner's business.
     case $PG_CONFIG in
         /usr/lib/postgresql/*)

@@ -16,7 +16,8 @@ my $workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'migra
 my %held = (
 	dual_writing => '',
 	backfilling => "SELECT migrate.set('$m', 'max_rows_per_second', '100')",
-	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT phase = ''validating'' FROM migrate.migration')",
+	# (The signals are looked at every 250 ms: after the sleep behind the last batch they are, and then the phase is entered throttled.)
+	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT bool_and(done) FROM migrate._range'), migrate.set('$m', 'batch_size', '2000'), migrate.set('$m', 'sleep', '300 ms')",
 	shadowing => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '1 h')",
 	cut_over => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '0')");
 
