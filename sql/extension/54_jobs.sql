@@ -231,8 +231,8 @@ BEGIN
         END IF;
     END LOOP;
     failures := (SELECT count(DISTINCT (x.flow, x.key)) FROM migrate._failure x JOIN migrate._flow w ON w.id = x.flow WHERE w.migration = m.id);
-    UPDATE migrate._migration x SET backfilled_at = clock_timestamp(), throttled_since = NULL, throttled_reason = NULL WHERE x.id = m.id
-    RETURNING * INTO m;
+    -- (A signal that is over its limit stays so: validation goes by it from its first range on.)
+    UPDATE migrate._migration x SET backfilled_at = clock_timestamp() WHERE x.id = m.id RETURNING * INTO m;
     UPDATE migrate._pace p SET note = NULL, rows_per_second = NULL WHERE p.migration = m.id;
     -- @point backfill: figures written
     PERFORM migrate._move(m, NULL, 'validating', format('%s rows copied, %s keys in failures',

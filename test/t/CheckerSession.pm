@@ -125,8 +125,24 @@ sub judge
 	);
 	$self->{count}{"$state in a dual write"}++ if $ours;
 	return if $fine{$state};
-	$self->fault("session $self->{number}, $self->{level}, $kind: $state $message\n  statement: " . substr($statement, 0, 400) . "\n  context: $context\n  detail: " . $error->{message_detail});
+	$self->fault("session $self->{number}, $self->{level}, $kind: $state $message\n  statement: " . substr($statement, 0, 400) . "\n  context: $context\n  detail: " . $error->{message_detail}
+		. ($state eq '57014' ? $self->who_waits : ''));
 	return;
+}
+
+# What everybody does at this moment, for who waited too long.
+sub who_waits
+{
+	my ($self) = @_;
+	my $db = DBI->connect($self->{dsn}, 'postgres', '', { RaiseError => 0, PrintError => 0 }) or return '';
+	my $rows = $db->selectall_arrayref(<<'SQL') // [];
+SELECT pid, backend_type, state, clock_timestamp() - state_change, wait_event, pg_blocking_pids(pid)::text, left(query, 120) FROM pg_stat_activity WHERE datname IS NOT NULL
+UNION ALL SELECT l.pid, 'prepared ' || p.gid, l.mode, clock_timestamp() - p.prepared, l.locktype, NULL, l.relation::regclass::text
+FROM pg_prepared_xacts p JOIN pg_locks l ON l.virtualtransaction = '-1/' || p.transaction WHERE l.mode ~ 'Exclusive'
+UNION ALL SELECT 0, m.name, m.phase, clock_timestamp() - m.phase_since, m.paused_reason, m.throttled_reason, m.failed_reason FROM migrate._migration m
+SQL
+	$db->disconnect;
+	return "\n  meanwhile:\n" . join "\n", map { '    ' . join(' | ', map { $_ // '' } @$_) } @$rows;
 }
 
 # Where this transaction writes: the source, and when the target may be written, that, the view, or both.

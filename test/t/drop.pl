@@ -16,8 +16,8 @@ my $workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'migra
 my %held = (
 	dual_writing => '',
 	backfilling => "SELECT migrate.set('$m', 'max_rows_per_second', '100')",
-	# (The signals are looked at every 250 ms: after the sleep behind the last batch they are, and then the phase is entered throttled.)
-	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT bool_and(done) FROM migrate._range'), migrate.set('$m', 'batch_size', '2000'), migrate.set('$m', 'sleep', '300 ms')",
+	# (The signals are looked at every 250 ms: after the sleep behind the only batch they are, and then the phase is entered throttled.)
+	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT bool_and(done) FROM migrate._range'), migrate.set('$m', 'batch_size', '5000'), migrate.set('$m', 'sleep', '300 ms')",
 	shadowing => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '1 h')",
 	cut_over => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '0')");
 
@@ -59,7 +59,7 @@ subtest 'DROP EXTENSION under load' => sub {
 	for my $phase ($ENV{MIGRATE_LONG} ? grep { $_ ne 'dual_writing' } sort keys %held : qw(backfilling cut_over))
 	{
 		database('dropped', $phase);
-		my $app = start_app($node, "app_$phase", "\\set id random(1, 2000)\nUPDATE users SET name = 'by the application' WHERE id = :id;\n", clients => 2, rate => 100, db => 'dropped');
+		my $app = start_app($node, "app_$phase", "\\set id random(101, 2000)\nUPDATE users SET name = 'by the application' WHERE id = :id;\n", clients => 2, rate => 100, db => 'dropped');
 		poll('the application works', sub { app_transactions($app) > 20 });
 		my $session = background($node, db => 'dropped');
 		$session->query_safe("UPDATE users SET name = 'before' WHERE id = 1; UPDATE user_profiles SET bio = 'before' WHERE user_id = 2");
