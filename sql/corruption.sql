@@ -79,7 +79,7 @@ BEGIN
     END LOOP;
     RETURN split_part(r, ':', 1);
 END $$;
-SELECT method, v.verdict, v.mismatches, v.source_rows = (SELECT count(*) FROM s) AS covered FROM unnest('{counts,sample,checksum,ranges,rows}'::text[]) WITH ORDINALITY u(method, n), validate(method, 1000) v ORDER BY n;
+SELECT method, v.verdict, v.mismatches, v.source_rows = (SELECT count(*) FROM s) AS covered FROM unnest('{counts,sample,sums,checksum,ranges,rows}'::text[]) WITH ORDINALITY u(method, n), validate(method, 1000) v ORDER BY n;
 
 -- The corruption: every pair swapped, and values moved over a column's border.
 SELECT count(run(format('UPDATE t SET %1$s = o.%1$s FROM s o WHERE t.id IN (%2$s, %2$s + 1) AND o.id = %2$s + %2$s + 1 - t.id', name, 2 * n))) AS none FROM cases JOIN columns USING (type);
@@ -124,18 +124,22 @@ BEGIN
         RETURN QUERY SELECT * FROM wrong(equality, format('steps, run %s', again));
         IF equality = 'image' THEN
             RETURN QUERY SELECT hunt.equality, 'checksum', NULL::text, NULL::text, v.verdict FROM validate('checksum', 1) v WHERE v.verdict <> 'mismatch';
+            RETURN QUERY SELECT hunt.equality, 'sums', NULL::text, NULL::text, v.verdict FROM validate('sums', 1) v WHERE v.verdict <> 'mismatch';
         END IF;
         RETURN QUERY SELECT hunt.equality, 'counts', NULL::text, NULL::text, v.verdict FROM validate('counts', 1) v WHERE v.verdict <> 'equal';  -- as many rows there as here: all that it looks at
     END LOOP;
 END $$;
--- The digest alone, row by row
-CREATE FUNCTION same_digest() RETURNS TABLE (key text) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- The digests alone, row by row
+CREATE FUNCTION same_digest() RETURNS TABLE (digest text, key text) LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     c migrate._comparison;
+    call text;
 BEGIN
     SELECT x.* INTO c FROM migrate._migration m, migrate._comparisons(m) x WHERE m.name = 'corrupt';
-    RETURN QUERY EXECUTE format('SELECT e.k1::text FROM (SELECT k1, %1$s AS md5 FROM (%2$s) x GROUP BY k1) e JOIN (SELECT k1, %1$s AS md5 FROM (%3$s) x GROUP BY k1) a USING (k1) WHERE e.md5 = a.md5',
-        c.digest, migrate._expected(c, '{}'), migrate._actual(c, '{}'));
+    FOREACH call IN ARRAY ARRAY[c.digest, c.row_sum] LOOP
+        RETURN QUERY EXECUTE format('SELECT %4$L, e.k1::text FROM (SELECT k1, %1$s AS md5 FROM (%2$s) x GROUP BY k1) e JOIN (SELECT k1, %1$s AS md5 FROM (%3$s) x GROUP BY k1) a USING (k1) WHERE e.md5 = a.md5',
+            call, migrate._expected(c, '{}'), migrate._actual(c, '{}'), split_part(call, '(', 1));
+    END LOOP;
 END $$;
 SELECT * FROM same_digest();
 SELECT * FROM hunt('image');

@@ -31,6 +31,9 @@ CREATE TYPE pair AS (a int, b text);
 CREATE DOMAIN positive AS int CHECK (VALUE > 0);
 CREATE DOMAIN named AS pair;
 CREATE TYPE span AS RANGE (subtype = float8);
+CREATE TYPE fickle AS ENUM ('a', 'b');
+CREATE FUNCTION as_text(fickle) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'a' $$;
+CREATE CAST (fickle AS text) WITH FUNCTION as_text (fickle);
 CREATE TABLE types (n int GENERATED ALWAYS AS IDENTITY, type text, vals text[], kept boolean DEFAULT true);
 INSERT INTO types (type, vals) VALUES
     ('bool', '{f,t}'), ('"char"', '{a,b,"\""}'), ('int2', '{-1,0,300}'), ('int8', '{-9223372036854775808,0,9223372036854775807}'), ('oid', '{0,4294967295}'),
@@ -46,7 +49,7 @@ INSERT INTO types (type, vals) VALUES
     ('mood', '{sad,"a, \"b\"",happy}'), ('pair', '{"(1,)","(1,\"a,b\")","(,x)","(2,\"\")"}'), ('positive', '{1,2}');
 INSERT INTO types (type, vals) SELECT 'text COLLATE "' || collname || '"', '{a,B,b,ä,z,"a b",ab,"",_}'
     FROM pg_collation WHERE collname IN ('C', 'en-x-icu', 'und-x-icu') AND collencoding IN (-1, 6);
-INSERT INTO types (type, vals, kept) VALUES ('int[]', '{"{1}"}', false), ('text[]', '{"{a}"}', false), ('oidvector', '{1 2}', false), ('named', '{"(1,a)"}', false);
+INSERT INTO types (type, vals, kept) VALUES ('int[]', '{"{1}"}', false), ('text[]', '{"{a}"}', false), ('oidvector', '{1 2}', false), ('named', '{"(1,a)"}', false), ('fickle', '{a,b}', false);
 
 -- NULL where all is well, else the first step that was not.
 CREATE FUNCTION try(x types) RETURNS text LANGUAGE plpgsql AS $$

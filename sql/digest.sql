@@ -72,6 +72,38 @@ CREATE VIEW verdicts AS
 SELECT count(*) AS types, bool_and(changed) AS changed, bool_and(nulled) AS nulled, bool_and(same) AS same, bool_and(imaged) AS imaged FROM verdicts;
 SELECT * FROM verdicts WHERE NOT (changed AND nulled AND same AND imaged);
 
+-- the sum of rows: no order, but each byte and each row counts, once or twice
+CREATE VIEW sums AS
+    SELECT type, look(format('SELECT migrate.row_sum(%L::%s) <> migrate.row_sum(%L::%s)', a, type, b, type)) = 'true' AS changed,
+        look(format('SELECT migrate.row_sum(%L::%s) <> migrate.row_sum(NULL::%s)', a, type, type)) = 'true' AS nulled,
+        look(format('SELECT migrate.row_sum(%L::%s) = migrate.row_sum(%L::%s)', a, type, a, type)) = 'true' AS same
+    FROM pairs_of_values;
+SELECT count(*) AS types, bool_and(changed) AS changed, bool_and(nulled) AS nulled, bool_and(same) AS same FROM sums;
+SELECT * FROM sums WHERE NOT (changed AND nulled AND same);
+SELECT migrate.row_sum(x) AS empty FROM generate_series(1, 0) x;
+SELECT migrate.row_sum(a, b ORDER BY a) = migrate.row_sum(a, b ORDER BY a DESC) AS no_order, migrate.row_sum(a, b) <> migrate.row_sum(b, a) AS columns,
+       migrate.row_sum(a, b) = migrate.row_sum(ROW(a, b)) AS row_is_its_columns, split_part(migrate.row_sum(a, b), ':', 1) AS counted FROM (VALUES (1, 2), (3, NULL), (3, NULL)) v(a, b);
+SELECT migrate.row_sum('a'::text, 'bc'::text) <> migrate.row_sum('ab'::text, 'c'::text) AS borders, migrate.row_sum(NULL::text) <> migrate.row_sum(''::text) AS "null";
+SELECT split_part(migrate.row_sum(x), ':', 2) <> split_part(migrate.row_sum(x) FILTER (WHERE n = 1), ':', 2) AS rows_do_not_cancel FROM (VALUES (1, 1), (1, 2), (1, 3)) v(x, n);
+-- it is a sum, modulo 2^128, of what single rows give
+CREATE FUNCTION digits(sum text) RETURNS numeric LANGUAGE sql AS $$
+    SELECT sum((strpos('0123456789abcdef', substr(split_part(sum, ':', 2), i, 1)) - 1) * 16::numeric ^ (32 - i)) FROM generate_series(1, 32) i $$;
+SELECT mod((SELECT sum(digits(s)) FROM (SELECT migrate.row_sum(x, x::text) AS s FROM generate_series(1, 100) x GROUP BY x) one), 2::numeric ^ 128)
+       = (SELECT digits(migrate.row_sum(x, x::text)) FROM generate_series(1, 100) x) AS added;
+-- however long a row is, and wherever its parts end: a byte at each place of a long value
+SELECT count(DISTINCT s) AS places FROM (SELECT migrate.row_sum(overlay(repeat('x', 9000) PLACING 'y' FROM i + 1), 1) AS s FROM generate_series(0, 8999) i GROUP BY i) x;
+SELECT count(DISTINCT s) AS lengths FROM (SELECT migrate.row_sum(repeat('x', n)) AS s FROM generate_series(4000, 4200) n GROUP BY n) x;
+SELECT migrate.row_sum(v) = migrate.row_sum(substr(v || v, 1, length(v))) AS same FROM (SELECT repeat('0123456789', 1000) AS v) x;
+-- parallel workers find the same
+CREATE TABLE big AS SELECT i, md5(i::text) AS v, CASE WHEN i % 7 > 0 THEN i / 10.0 END AS n FROM generate_series(1, 20000) i;
+SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0; SET min_parallel_table_scan_size = 0; SET max_parallel_workers_per_gather = 0;
+CREATE TABLE serial AS SELECT migrate.row_sum(b) AS whole, migrate.row_sum(i, v, n) AS named FROM big b;
+SET max_parallel_workers_per_gather = 2;
+EXPLAIN (COSTS OFF) SELECT migrate.row_sum(i, v, n) FROM big;
+SELECT migrate.row_sum(b) = whole AS whole, migrate.row_sum(i, v, n) = named AS named FROM big b, serial GROUP BY whole, named;
+SELECT g, migrate.row_sum(i, v, n) = (SELECT migrate.row_sum(i, v, n ORDER BY i) FROM big c WHERE c.i % 3 = g) AS in_groups FROM (SELECT i % 3 AS g, * FROM big) b GROUP BY g ORDER BY g;
+RESET parallel_setup_cost; RESET parallel_tuple_cost; RESET min_parallel_table_scan_size; RESET max_parallel_workers_per_gather;
+
 -- settings never count
 CREATE FUNCTION digests() RETURNS SETOF text LANGUAGE sql AS $$
     SELECT look(format('SELECT migrate.ordered_md5(%L::%s)', CASE WHEN type IN ('money') THEN '1' ELSE a END, type)) FROM pairs_of_values ORDER BY type COLLATE "C", a COLLATE "C" $$;
@@ -107,6 +139,8 @@ SELECT low, high, rows, md5 = (SELECT migrate.ordered_md5(id, "odd ""name", n OR
 FROM migrate.range_checksums('t', range_rows => 1000);
 SELECT count(*), sum(rows) FROM migrate.range_checksums('t', range_rows => 500);
 SELECT count(*), sum(rows) FROM migrate.range_checksums('t', range_rows => 1);
+SELECT low, high, rows FROM migrate.range_checksums('t', range_rows => 2500);
+SELECT low, high, rows FROM migrate.range_checksums('t', range_rows => 2499);
 CREATE TABLE c (a text COLLATE "C", b timestamptz, v int, PRIMARY KEY (a, b));
 INSERT INTO c SELECT 'k' || i % 3, '2020-01-01 00:00+00'::timestamptz + i * interval '1 microsecond', i FROM generate_series(1, 300) i;
 SELECT low, high, rows FROM migrate.range_checksums('c', range_rows => 150);
@@ -140,6 +174,7 @@ SELECT * FROM migrate.range_checksums('t', range_rows => NULL);
 CREATE VIEW ties AS SELECT 1 AS id FROM t;
 SELECT count(*) FROM migrate.range_checksums('ties', key => '{id}', range_rows => 100);
 SELECT migrate.ordered_md5(VARIADIC ARRAY[1, 2]);
+SELECT migrate.row_sum(VARIADIC ARRAY[1, 2]);
 SELECT migrate.md5_agg('a', ',') OVER ();
 SELECT migrate.same_image('{"a":1}'::json, '{}'::jsonb);
 
@@ -148,6 +183,7 @@ CREATE ROLE digest_reader;
 GRANT USAGE ON SCHEMA digest TO digest_reader;
 GRANT SELECT ON t TO digest_reader;
 SET ROLE digest_reader;
+SELECT migrate.row_sum(t) IS NOT NULL AS summed FROM digest.t;
 SELECT migrate.checksum('digest.t') IS NOT NULL AS read, (SELECT count(*) FROM migrate.range_checksums('digest.t', range_rows => 1000)) AS ranges;
 SELECT migrate.checksum('digest.c');
 RESET ROLE;

@@ -112,6 +112,23 @@ SELECT found('keys', 'source_key');
 ALTER TABLE s_keys ADD UNIQUE (id) DEFERRABLE, ALTER id SET NOT NULL;
 SELECT found('keys', 'source_key');
 
+-- key_cast: casts between a key's type and text, either way
+CREATE TYPE mood AS ENUM ('sad', 'happy');
+CREATE TABLE s_cast (k mood PRIMARY KEY, v text);
+CREATE TABLE t_cast (k mood PRIMARY KEY, v text);
+SELECT migrate.define('cast', 's_cast', 't_cast', 'k, v', on_target_delete => 'delete');
+CREATE FUNCTION as_text(mood) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT 'sad' $$;
+CREATE FUNCTION as_mood(text) RETURNS mood LANGUAGE sql IMMUTABLE AS $$ SELECT 'sad'::pf.mood $$;
+CREATE CAST (mood AS text) WITH FUNCTION as_text (mood) AS ASSIGNMENT;
+SELECT found('cast', 'key_cast');
+SELECT migrate.start('cast');
+DROP CAST (mood AS text);
+SELECT found('cast', 'key_cast');
+CREATE CAST (text AS mood) WITH FUNCTION as_mood (text) AS ASSIGNMENT;
+SELECT found('cast', 'key_cast');
+SELECT migrate.define('cast_again', 's_cast', 't_cast', 'k, v', on_target_delete => 'delete');
+DROP CAST (text AS mood);
+
 -- target_empty
 SELECT make('target_empty');
 INSERT INTO t_target_empty VALUES (1, 'somebody else''s');

@@ -69,13 +69,14 @@ INSERT INTO damage VALUES
     (14, 'keys swapped', $$UPDATE profiles p SET user_id = CASE user_id WHEN 500 THEN 501 ELSE 503 END WHERE user_id IN (500, 502)$$, $$UPDATE profiles SET user_id = user_id - 1 WHERE user_id IN (501, 503)$$),
     (15, 'everything missing', 'CREATE TABLE aside AS SELECT * FROM profiles; DELETE FROM profiles', 'INSERT INTO profiles SELECT * FROM aside; DROP TABLE aside'),
     (16, 'nothing expected', 'CREATE TABLE aside AS SELECT * FROM users; DELETE FROM users', 'INSERT INTO users SELECT * FROM aside; DROP TABLE aside');
-CREATE FUNCTION try(d damage) RETURNS TABLE (what text, checksum text, ranges bigint, again bigint, steps text, rows bigint, sample bigint, listed bigint, mended text)
+CREATE FUNCTION try(d damage) RETURNS TABLE (what text, checksum text, sums text, ranges bigint, again bigint, steps text, rows bigint, sample bigint, listed bigint, mended text)
 LANGUAGE plpgsql AS $$
 DECLARE m int := (SELECT id FROM migrate._migration WHERE name = 'users');
 BEGIN
     what := d.what;
     EXECUTE d.plant;
     checksum := (SELECT v.verdict FROM validate('users', 'checksum') v);
+    sums := (SELECT v.verdict FROM validate('users', 'sums') v);
     ranges := (SELECT v.mismatches FROM validate('users') v WHERE v.verdict = 'mismatch');
     again := (SELECT v.mismatches FROM validate('users') v WHERE v.verdict = 'mismatch');
     UPDATE migrate._migration SET phase_since = clock_timestamp() WHERE id = m;
@@ -105,6 +106,7 @@ SELECT migrate.set('users', 'equality', 'semantic');
 SELECT plant(plant) FROM damage WHERE n IN (4, 5) ORDER BY n;
 SELECT v.* FROM unnest('{sample,ranges,rows}'::text[]) WITH ORDINALITY m(m, n), validate('users', m, 2000) v ORDER BY n;
 SELECT * FROM validate('users', 'checksum');
+SELECT * FROM validate('users', 'sums');
 SELECT plant(plant) FROM damage WHERE n = 1;
 SELECT * FROM validate('users');
 SELECT migrate.set('users', 'equality', 'image');

@@ -1,4 +1,4 @@
-#include "digest.hpp"
+#include "row_image.hpp"
 
 namespace migrate {
 
@@ -13,11 +13,7 @@ struct Stream {
     int used;
     char pending[1024];  // short pieces are collected: a call of the hash costs more than they do
     char hex[2 * Md5::kDigest + 1];
-    // ordered_md5 only
-    MemoryContext context;
-    MemoryContext row;  // reset with every row
-    Encoder *encoders;  // one for each column
-    int columns;
+    RowEncoder *rows;  // ordered_md5 only
 };
 
 void check(int result) {
@@ -34,7 +30,6 @@ void release(Datum state) {
 
 Stream *begin(FunctionCallInfo fcinfo, MemoryContext context) {
     Stream *stream = static_cast<Stream *>(MemoryContextAllocZero(context, sizeof(Stream)));
-    stream->context = context;
     stream->hash = md5_create(context);
     if (stream->hash == NULL) ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
     AggRegisterCallback(fcinfo, release, PointerGetDatum(stream));
@@ -84,50 +79,6 @@ Stream *state_of(FunctionCallInfo fcinfo, MemoryContext *context) {
     return stream;
 }
 
-// Encoder of the stream's column `index`; made when its first value is seen.
-Encoder *encoder_at(Stream *stream, int index, Oid type) {
-    if (index >= stream->columns) {
-        const Size size = sizeof(Encoder) * (index + 1);
-        stream->encoders = static_cast<Encoder *>(stream->encoders == NULL ? MemoryContextAlloc(stream->context, size)
-                                                                           : repalloc(stream->encoders, size));
-        for (int i = stream->columns; i <= index; i++) stream->encoders[i].type = InvalidOid;
-        stream->columns = index + 1;
-    }
-    if (stream->encoders[index].type != type) stream->encoders[index] = make_encoder(type, stream->context);
-    return &stream->encoders[index];
-}
-
-// One column: tag 0 for NULL; or tag 1, the length in four bytes (most significant first), the image.
-void put_column(Stream *stream, int index, Oid type, Datum value, bool is_null) {
-    if (is_null) return put(stream, std::string_view("\0", 1));
-    char scratch[sizeof(int64)];
-    const std::string_view image = image_of(encoder_at(stream, index, type), value, scratch);
-    const char head[5] = {1, static_cast<char>(image.size() >> 24), static_cast<char>(image.size() >> 16),
-                          static_cast<char>(image.size() >> 8), static_cast<char>(image.size())};
-    put(stream, std::string_view(head, sizeof(head)));
-    put(stream, image);
-}
-
-// The columns of ROW(…), as if each were an argument: so a digest can take more columns than a function arguments.
-int put_record(Stream *stream, int index, Datum record) {
-    HeapTupleHeader header = DatumGetHeapTupleHeader(record);
-    TupleDesc desc = lookup_rowtype_tupdesc(HeapTupleHeaderGetTypeId(header), HeapTupleHeaderGetTypMod(header));
-    HeapTupleData tuple;
-    tuple.t_len = HeapTupleHeaderGetDatumLength(header);
-    ItemPointerSetInvalid(&tuple.t_self);
-    tuple.t_tableOid = InvalidOid;
-    tuple.t_data = header;
-
-    Datum *values = static_cast<Datum *>(palloc(desc->natts * sizeof(Datum)));
-    bool *nulls = static_cast<bool *>(palloc(desc->natts * sizeof(bool)));
-    heap_deform_tuple(&tuple, desc, values, nulls);
-    for (int i = 0; i < desc->natts; i++)
-        if (!TupleDescAttr(desc, i)->attisdropped)
-            put_column(stream, index++, TupleDescAttr(desc, i)->atttypid, values[i], nulls[i]);
-    ReleaseTupleDesc(desc);
-    return index;
-}
-
 }  // namespace
 
 }  // namespace migrate
@@ -138,6 +89,7 @@ MIGRATE_FUNCTION(migrate_md5_step)
 MIGRATE_FUNCTION(migrate_ordered_md5_step)
 MIGRATE_FUNCTION(migrate_md5_final)
 MIGRATE_FUNCTION(migrate_same_image)
+MIGRATE_FUNCTION(migrate_last_step)
 MIGRATE_FUNCTION(migrate_operator)
 
 // (state, value, separator): NULL values are skipped with their separator, as string_agg does.
@@ -163,24 +115,11 @@ Datum migrate_md5_step(PG_FUNCTION_ARGS) {
 Datum migrate_ordered_md5_step(PG_FUNCTION_ARGS) {
     MemoryContext context;
     Stream *stream = state_of(fcinfo, &context);
-    if (get_fn_expr_variadic(fcinfo->flinfo))
-        ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("ordered_md5 does not take a VARIADIC array"),
-                        errhint("Name the columns one by one, or give the array itself as one column.")));
     if (stream == NULL) {
         stream = begin(fcinfo, context);
-        stream->row = AllocSetContextCreate(context, "ordered_md5 row", ALLOCSET_DEFAULT_SIZES);
+        stream->rows = make_row_encoder(fcinfo, context);
     }
-    MemoryContext caller = MemoryContextSwitchTo(stream->row);
-    int index = 0;
-    for (int i = 1; i < PG_NARGS(); i++) {
-        const Oid type = get_fn_expr_argtype(fcinfo->flinfo, i);
-        if (type == RECORDOID && !PG_ARGISNULL(i))
-            index = put_record(stream, index, PG_GETARG_DATUM(i));
-        else
-            put_column(stream, index++, type, PG_GETARG_DATUM(i), PG_ARGISNULL(i));
-    }
-    MemoryContextSwitchTo(caller);
-    MemoryContextReset(stream->row);
+    encode_row(fcinfo, stream->rows, stream);
     PG_RETURN_POINTER(stream);
 }
 
@@ -201,6 +140,12 @@ Datum migrate_same_image(PG_FUNCTION_ARGS) {
     char scratch[2][sizeof(int64)];
     const std::string_view left = image_of(encoder, PG_GETARG_DATUM(0), scratch[0]);
     PG_RETURN_BOOL(left == image_of(encoder, PG_GETARG_DATUM(1), scratch[1]));
+}
+
+// (last, next): next
+Datum migrate_last_step(PG_FUNCTION_ARGS) {
+    if (PG_ARGISNULL(1)) PG_RETURN_NULL();
+    PG_RETURN_DATUM(PG_GETARG_DATUM(1));
 }
 
 // (type, strategy): the comparison that ORDER BY and unique keys of the type go by, as OPERATOR(schema.name); strategy

@@ -1,4 +1,4 @@
-#include "digest.hpp"
+#include "image.hpp"
 
 namespace migrate {
 

@@ -35,6 +35,7 @@ extern "C" {
 #if __has_include("common/cryptohash.h")  // since PostgreSQL 14
 #include "common/cryptohash.h"
 #endif
+#include "common/hashfn.h"
 #include "common/md5.h"
 #include "executor/executor.h"
 #include "executor/spi.h"

@@ -91,6 +91,10 @@ BEGIN
                          WHERE d.attrelid = dest AND d.attnum = ANY (i.keys) AND y.typcategory = 'A') THEN 'has a column of an array type'
             WHEN cardinality(i.keys) > 1 AND EXISTS (SELECT FROM pg_attribute d JOIN pg_type t ON t.oid = d.atttypid
                          WHERE d.attrelid = dest AND d.attnum = ANY (i.keys) AND t.typtype = 'c') THEN 'has a column of a composite type beside others'
+            WHEN EXISTS (SELECT FROM pg_attribute a WHERE (a.attrelid = dest AND a.attnum = ANY (i.keys) OR a.attrelid = origin AND a.attnum IN (SELECT bare[array_position(columns, k)] FROM unnest(i.keys) k))
+                           AND migrate._text_cast(a.atttypid) IS NOT NULL)
+                THEN (SELECT format('has a column whose type has a cast of its own, %s', min(migrate._text_cast(a.atttypid))) FROM pg_attribute a
+                      WHERE a.attrelid = dest AND a.attnum = ANY (i.keys) OR a.attrelid = origin AND a.attnum IN (SELECT bare[array_position(columns, k)] FROM unnest(i.keys) k))
             WHEN EXISTS (SELECT FROM pg_attribute d JOIN pg_type t ON t.oid = d.atttypid
                          WHERE d.attrelid = dest AND d.attnum = ANY (i.keys)
                            AND NOT EXISTS (SELECT FROM pg_opclass o WHERE o.opcmethod = 403 AND o.opcdefault AND o.opcnamespace = 'pg_catalog'::regnamespace

@@ -1,5 +1,18 @@
 -- Preflight checks of each flow: key, columns, constraints, triggers, what cutover leaves behind, what cannot be carried back.
 
+-- A cast that somebody has made between a key's type and text; NULL: there is none. Keys are kept as text, for checkpoints, ranges, the
+-- re-queue: such a cast would be taken instead of the type's own output and input, may lose what it likes, and runs anybody's function.
+CREATE FUNCTION migrate._text_cast(type oid) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    base pg_type;
+BEGIN
+    SELECT t.* INTO base FROM migrate._plain_type(_text_cast.type, -1) p JOIN pg_type t ON t.oid = p.type;
+    RETURN (SELECT min(format('CAST (%s AS %s)', format_type(c.castsource, -1), format_type(c.casttarget, -1))) FROM pg_cast c
+            WHERE c.oid >= 16384  -- not PostgreSQL's own
+              AND (c.castsource IN (base.oid, base.typarray) AND c.casttarget = 'text'::regtype OR c.castsource = 'text'::regtype AND c.casttarget IN (base.oid, base.typarray)));
+END $$;
+
 CREATE FUNCTION migrate._check_key(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     WITH k AS (
@@ -50,6 +63,11 @@ LANGUAGE sql STABLE AS $$
     JOIN pg_attribute d ON d.attrelid = k.dest AND d.attnum = k.key_dest[s.i]
     LEFT JOIN pg_collation co ON co.oid = o.attcollation LEFT JOIN pg_collation cd ON cd.oid = d.attcollation
     WHERE k.key_origin[s.i] > 0 AND (co.oid IS DISTINCT FROM cd.oid OR NOT cd.collisdeterministic)
+    UNION ALL
+    SELECT DISTINCT 'key_cast', 'error', format('key column %s of %s has a type with a cast of its own, %s: keys are kept as text by the type''s output and input only', quote_ident(a.attname), a.attrelid::regclass, c.cast),
+           format('DROP %s;', c.cast)
+    FROM k JOIN pg_attribute a ON a.attrelid = k.dest AND a.attnum = ANY (k.key_dest) OR a.attrelid = k.origin AND a.attnum = ANY (k.bare)
+    CROSS JOIN LATERAL migrate._text_cast(a.atttypid) AS c("cast") WHERE c.cast IS NOT NULL
 $$;
 
 -- Rows that somebody else put into a target would be taken for rows to delete or to overwrite. Only the owner looks.

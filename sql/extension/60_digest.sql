@@ -19,6 +19,30 @@ CREATE AGGREGATE migrate.ordered_md5(VARIADIC "any") (
 COMMENT ON AGGREGATE migrate.ordered_md5("any") IS
     'MD5 of rows in the order they come (give ORDER BY key): each column is a tag (0 NULL, 1 value), its length in 4 bytes, its image; ROW(...) counts as its columns';
 
+-- Parallel safe, as PostgreSQL's own record_send and record_out are, which call the functions of any type too.
+CREATE FUNCTION migrate._row_sum_step(internal, VARIADIC "any") RETURNS internal
+LANGUAGE C STABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'migrate_row_sum_step';
+CREATE FUNCTION migrate._row_sum_combine(internal, internal) RETURNS internal
+LANGUAGE C IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'migrate_row_sum_combine';
+CREATE FUNCTION migrate._row_sum_serialize(internal) RETURNS bytea
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'migrate_row_sum_serialize';
+CREATE FUNCTION migrate._row_sum_deserialize(bytea, internal) RETURNS internal
+LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE AS 'MODULE_PATHNAME', 'migrate_row_sum_deserialize';
+CREATE FUNCTION migrate._row_sum_final(internal) RETURNS text
+LANGUAGE C IMMUTABLE PARALLEL SAFE AS 'MODULE_PATHNAME', 'migrate_row_sum_final';
+
+CREATE AGGREGATE migrate.row_sum(VARIADIC "any") (
+    SFUNC = migrate._row_sum_step, STYPE = internal, SSPACE = 13000, COMBINEFUNC = migrate._row_sum_combine,
+    SERIALFUNC = migrate._row_sum_serialize, DESERIALFUNC = migrate._row_sum_deserialize,
+    FINALFUNC = migrate._row_sum_final, PARALLEL = SAFE);
+COMMENT ON AGGREGATE migrate.row_sum("any") IS
+    'number of rows and the 128-bit sum of their hashes, in any order and by parallel workers: a fast check of tables of one server against chance, no cryptographic proof';
+
+-- The last value that comes: the key at which a scan in key order has arrived.
+CREATE FUNCTION migrate._last_step(anyelement, anyelement) RETURNS anyelement
+LANGUAGE C IMMUTABLE AS 'MODULE_PATHNAME', 'migrate_last_step';
+CREATE AGGREGATE migrate._last(anyelement) (SFUNC = migrate._last_step, STYPE = anyelement);
+
 CREATE FUNCTION migrate.same_image(a anyelement, b anyelement) RETURNS boolean
 LANGUAGE C STABLE PARALLEL RESTRICTED AS 'MODULE_PATHNAME', 'migrate_same_image';
 COMMENT ON FUNCTION migrate.same_image(anyelement, anyelement) IS
@@ -28,9 +52,9 @@ CREATE FUNCTION migrate._operator(type oid, strategy integer) RETURNS text
 LANGUAGE C STABLE STRICT AS 'MODULE_PATHNAME', 'migrate_operator';
 
 -- How a digest of relation reads it: the columns' list, its ordering, and for the walk over ranges the conditions
--- key > $1 and key <= $2 (text[]). Raises on everything that would make a digest ambiguous. Runs as the caller.
+-- key > $1 (text[]), and the last key of a range. Raises on everything that would make a digest ambiguous. Runs as the caller.
 CREATE FUNCTION migrate._digest_parts(relation regclass, columns text[], key text[], OUT digest text, OUT ordering text,
-                                      OUT key_text text, OUT above text, OUT upto text)
+                                      OUT last_key text, OUT above text)
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     kind "char" := (SELECT relkind FROM pg_class WHERE oid = relation);
@@ -39,7 +63,6 @@ DECLARE
     list text[];
     names text[];
     low text[];
-    high text[];
 BEGIN
     IF kind IS NULL OR kind NOT IN ('r', 'p', 'v', 'm', 'f') THEN
         RAISE EXCEPTION USING ERRCODE = '42809', MESSAGE = coalesce(format('%s is not a table or view', relation), 'relation is NULL');
@@ -76,22 +99,19 @@ BEGIN
 
     SELECT array_agg(quote_ident(c) ORDER BY n) INTO list FROM unnest(columns) WITH ORDINALITY x(c, n);
     digest := migrate._digest_call(list);
-    SELECT array_agg(quote_ident(k) ORDER BY n), array_agg(format('($1)[%s]::%s', n, format_type(t.atttypid, -1)) ORDER BY n),
-           array_agg(format('($2)[%s]::%s', n, format_type(t.atttypid, -1)) ORDER BY n)
-        INTO names, low, high
+    SELECT array_agg(quote_ident(k) ORDER BY n), array_agg(format('($1)[%s]::%s', n, format_type(t.atttypid, -1)) ORDER BY n)
+        INTO names, low
         FROM unnest(key) WITH ORDINALITY x(k, n) JOIN pg_attribute t ON t.attrelid = relation AND t.attname = k;
     ordering := array_to_string(names, ', ');
-    key_text := (SELECT 'ARRAY[' || string_agg(n || '::text', ', ' ORDER BY i) || ']' FROM unnest(names) WITH ORDINALITY x(n, i));
+    last_key := (SELECT 'ARRAY[' || string_agg(format('migrate._last(%s)::text', n), ', ' ORDER BY i) || ']' FROM unnest(names) WITH ORDINALITY x(n, i));
     list := ARRAY(SELECT t.atttypid::text FROM unnest(key) WITH ORDINALITY x(k, n) JOIN pg_attribute t ON t.attrelid = relation AND t.attname = k ORDER BY n);
     above := migrate._beyond(names, low, list::oid[], '>');
-    upto := migrate._beyond(names, high, list::oid[], '<=');
 END $$;
 
 -- The aggregate's call over columns (texts of SQL). A function takes 100 arguments at most; ROW() has no such limit.
-CREATE FUNCTION migrate._digest_call(columns text[]) RETURNS text
+CREATE FUNCTION migrate._digest_call(columns text[], aggregate text DEFAULT 'ordered_md5') RETURNS text
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT format(CASE WHEN cardinality(columns) > 90 THEN 'migrate.ordered_md5(ROW(%s))' ELSE 'migrate.ordered_md5(%s)' END,
-                  array_to_string(columns, ', '))
+    SELECT format(CASE WHEN cardinality(columns) > 90 THEN 'migrate.%s(ROW(%s))' ELSE 'migrate.%s(%s)' END, aggregate, array_to_string(columns, ', '))
 $$;
 
 -- The condition that a key lies beyond a bound: (a, b) > (x, y), or <=. Where the columns' operators live in one schema it is
@@ -140,37 +160,49 @@ CREATE FUNCTION migrate.range_checksums(relation regclass, columns text[] DEFAUL
                                         range_rows integer DEFAULT 10000, OUT low text[], OUT high text[], OUT rows bigint, OUT md5 text)
 RETURNS SETOF record LANGUAGE plpgsql STABLE
 SET search_path = pg_catalog, pg_temp SET DateStyle = 'ISO, MDY' SET IntervalStyle = postgres SET TimeZone = 'UTC'
-SET extra_float_digits = 1 SET bytea_output = hex SET lc_monetary = 'C' AS $$
+SET extra_float_digits = 1 SET bytea_output = hex SET lc_monetary = 'C' SET enable_seqscan = on SET enable_sort = on SET enable_bitmapscan = on AS $$
 DECLARE
     part record;
     wanted bigint;
     seen bigint := 0;
-    tied boolean;
+    reached text[];
+    next_rows bigint;
+    next_md5 text;
+    next_key text[];
 BEGIN
     IF range_rows IS NULL OR range_rows NOT BETWEEN 1 AND 10000000 THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = format('range_rows is %s', coalesce(range_rows::text, 'NULL')),
             DETAIL = 'It must be between 1 and 10000000.', HINT = 'The default is range_rows => 10000.';
     END IF;
     SELECT * INTO part FROM migrate._digest_parts(relation, columns, key);
+    -- A table's range is not to be planned as a sort of all that follows, which for a key in random order may look cheaper.
+    IF (SELECT relkind IN ('r', 'p', 'm') FROM pg_class WHERE oid = relation) THEN
+        PERFORM set_config(s, 'off', true) FROM unnest('{enable_seqscan,enable_sort,enable_bitmapscan}'::text[]) s;
+    END IF;
+    -- One scan for each range gives its digest and its last key. What follows tells whether that key is the range's end: the last range is open.
     LOOP
-        -- The last key of the range, unless nothing follows it: the last range is open.
-        EXECUTE format('SELECT key FROM (SELECT %s AS key, row_number() OVER (ORDER BY %s) AS i, count(*) OVER () AS n
-                        FROM (SELECT * FROM %s WHERE %s ORDER BY %s OFFSET %s LIMIT 2) x) y WHERE i = 1 AND n = 2',
-                       part.key_text, part.ordering, relation, CASE WHEN low IS NULL THEN 'true' ELSE part.above END, part.ordering, range_rows - 1)
-            INTO high USING low;
-        EXECUTE format('SELECT count(*), %s FROM (SELECT * FROM %s WHERE %s AND %s ORDER BY %s) x', part.digest, relation,
-                       CASE WHEN low IS NULL THEN 'true' ELSE part.above END, CASE WHEN high IS NULL THEN 'true' ELSE part.upto END, part.ordering)
-            INTO rows, md5 USING low, high;
-        md5 := coalesce(md5, pg_catalog.md5(''));
-        seen := seen + rows;
-        tied := high IS NOT NULL AND rows <> range_rows;
-        EXIT WHEN tied;
-        RETURN NEXT;
-        EXIT WHEN high IS NULL;
-        low := high;
+        EXECUTE format('SELECT count(*), %s, %s FROM (SELECT * FROM %s WHERE %s ORDER BY %s LIMIT %s) x', part.digest, part.last_key, relation,
+                       CASE WHEN reached IS NULL THEN 'true' ELSE part.above END, part.ordering, range_rows) INTO next_rows, next_md5, next_key USING reached;
+        IF rows IS NOT NULL THEN
+            high := CASE WHEN next_rows > 0 THEN reached END;
+            RETURN NEXT;
+            seen := seen + rows;
+            EXIT WHEN next_rows = 0;
+            low := reached;
+        END IF;
+        rows := next_rows;
+        md5 := coalesce(next_md5, pg_catalog.md5(''));
+        reached := next_key;
+        IF rows < range_rows THEN
+            high := NULL;
+            RETURN NEXT;
+            seen := seen + rows;
+            EXIT;
+        END IF;
     END LOOP;
+    PERFORM set_config('enable_seqscan', 'on', true);
     EXECUTE format('SELECT count(*) FROM %s', relation) INTO wanted;
-    IF tied OR seen <> wanted THEN
+    IF seen <> wanted THEN
         RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = format('rows of %s have no order by this key', relation),
             DETAIL = format('Its ranges of %s rows hold %s rows of %s: the key is not unique, or it has NULLs.', range_rows, seen, wanted), HINT = 'Give columns as key that are unique and not null.';
     END IF;

@@ -58,7 +58,7 @@ COMMENT ON FUNCTION migrate.unthrottle IS 'ends throttle';
 
 CREATE FUNCTION migrate.validate(name text, method text DEFAULT 'ranges')
 RETURNS TABLE (flow text, method text, source_rows bigint, target_rows bigint, ranges bigint, mismatches bigint, source_checksum text, target_checksum text, seconds numeric, snapshot text, verdict text) LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.validate IS 'compares both sides exactly, also under load; methods counts, sample, checksum, ranges, rows';
+COMMENT ON FUNCTION migrate.validate IS 'compares both sides exactly, also under load; methods counts, sample, sums, checksum, ranges, rows';
 
 CREATE FUNCTION migrate.mismatches(name text)
 RETURNS TABLE (flow text, key text, kind text, columns text[], found_at timestamptz) LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'migrate_verb';
@@ -108,7 +108,7 @@ BEGIN
     IF may IS NULL OR may NOT IN ('operate', 'observe', 'nothing') THEN
         PERFORM migrate._raise('22023', format('"%s" cannot be allowed', may), 'It may be "operate", "observe" or "nothing".', format('SELECT migrate.allow(%L, ''operate'');', role));
     END IF;
-    FOR f IN SELECT p.oid::regprocedure AS signature, p.prokind, p.proname IN ('serves', 'get', 'plan', 'preflight', 'mismatches', 'wait', 'md5_agg', 'ordered_md5', 'checksum', 'range_checksums') AS reads
+    FOR f IN SELECT p.oid::regprocedure AS signature, p.prokind, p.proname IN ('serves', 'get', 'plan', 'preflight', 'mismatches', 'wait', 'md5_agg', 'ordered_md5', 'row_sum', 'checksum', 'range_checksums') AS reads
              FROM pg_proc p WHERE p.pronamespace = 'migrate'::regnamespace AND p.proname NOT LIKE '\_%' AND p.proname <> 'allow' LOOP
         EXECUTE format('%s EXECUTE ON ROUTINE %s %s %s', CASE WHEN may = 'operate' OR (may = 'observe' AND f.reads) THEN 'GRANT' ELSE 'REVOKE' END,
                        f.signature, CASE WHEN may = 'operate' OR (may = 'observe' AND f.reads) THEN 'TO' ELSE 'FROM' END, role);
@@ -132,9 +132,9 @@ SELECT migrate._revoke_all('migrate'::pg_catalog.regnamespace, 'SCHEMA', 'migrat
 -- … but everybody may look into the schema. Its objects are granted one by one.
 GRANT USAGE ON SCHEMA migrate TO PUBLIC;
 -- Digests read with the caller's own rights, and validation runs as the owners of tables: these are for everybody.
-GRANT EXECUTE ON FUNCTION migrate.md5_agg(text, text), migrate.ordered_md5("any"), migrate.same_image(anyelement, anyelement),
+GRANT EXECUTE ON FUNCTION migrate.md5_agg(text, text), migrate.ordered_md5("any"), migrate.row_sum("any"), migrate.same_image(anyelement, anyelement),
     migrate.checksum(regclass, text[], text[]), migrate.range_checksums(regclass, text[], text[], integer),
-    migrate._digest_parts(regclass, text[], text[]), migrate._digest_call(text[]), migrate._beyond(text[], text[], oid[], text),
+    migrate._digest_parts(regclass, text[], text[]), migrate._digest_call(text[], text), migrate._last(anyelement), migrate._beyond(text[], text[], oid[], text),
     migrate._operator(oid, integer) TO PUBLIC;
 
 -- Definitions are dumped, and come up paused where they are restored; failures and mismatches hold keys and are not.

@@ -6,13 +6,13 @@ SELECT no_plan();
 SELECT has_schema('migrate');
 SELECT has_function('migrate', name, 'verb ' || name)
 FROM unnest('{define,add_flow,add_view,drop,set,get,preflight,plan,start,pause,resume,cancel,retry,wait,throttle,unthrottle,validate,
-mismatches,repair,shadow,cutover,rollback,finalize,serves,allow,checksum,range_checksums,md5_agg,ordered_md5}'::text[]) AS name;
+mismatches,repair,shadow,cutover,rollback,finalize,serves,allow,checksum,range_checksums,md5_agg,ordered_md5,row_sum}'::text[]) AS name;
 SELECT has_view('migrate', name, 'view ' || name) FROM unnest('{migration,progress,events,failures}'::text[]) AS name;
 
 -- Everything in the schema belongs to the extension, and what is internal is revoked from PUBLIC.
 SELECT is_empty($$
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'migrate'::regnamespace AND has_function_privilege('public', p.oid, 'EXECUTE')
-    AND p.proname NOT IN ('md5_agg', 'ordered_md5', 'same_image', 'checksum', 'range_checksums', '_digest_parts', '_digest_call', '_beyond', '_operator')
+    AND p.proname NOT IN ('md5_agg', 'ordered_md5', 'same_image', 'checksum', 'row_sum', 'range_checksums', '_digest_parts', '_digest_call', '_last', '_beyond', '_operator')
 $$, 'PUBLIC may execute the digests and what they are made of, nothing else');
 SELECT is_empty($$
     SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'migrate'::regnamespace AND has_function_privilege('public', p.oid, 'EXECUTE')

@@ -1,5 +1,5 @@
-// The canonical image of a value, and MD5 over streams of them. SQL-callable (60_digest.sql): md5_agg, ordered_md5,
-// same_image. Never shares code with flow.cpp: a verifier that shares code with the copier verifies nothing.
+// The canonical image of a value, which the digests are made of (digest.cpp, row_sum.cpp; SQL-callable, 60_digest.sql)
+// and same_image. Never shares code with flow.cpp: a verifier that shares code with the copier verifies nothing.
 #pragma once
 #include "compat.hpp"
 
