@@ -26,6 +26,15 @@ inline Query *analyze_sql(RawStmt *statement, const char *sql) {
 #endif
 }
 
+// Runs a utility statement as one that a client has sent by itself.
+inline void run_utility(PlannedStmt *statement, const char *sql) {
+#if PG_VERSION_NUM >= 140000
+    ProcessUtility(statement, sql, false, PROCESS_UTILITY_TOPLEVEL, NULL, NULL, None_Receiver, NULL);
+#else
+    ProcessUtility(statement, sql, PROCESS_UTILITY_TOPLEVEL, NULL, NULL, None_Receiver, NULL);
+#endif
+}
+
 inline bool may_execute(Oid function, Oid role) {
 #if PG_VERSION_NUM >= 160000
     return object_aclcheck(ProcedureRelationId, function, role, ACL_EXECUTE) == ACLCHECK_OK;

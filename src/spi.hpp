@@ -91,6 +91,14 @@ auto with_extension_owner(Fn fn) -> decltype(fn()) {
     });
 }
 
+// Runs fn in SPI as the extension's owner, in the current transaction of a worker.
+template <class Fn>
+void as_extension_owner(Fn fn) {
+    PushActiveSnapshot(GetTransactionSnapshot());
+    with_extension_owner([&] { with_spi(fn); });
+    PopActiveSnapshot();
+}
+
 // Runs sql with the latest snapshot (as referential integrity triggers do), so that a REPEATABLE READ caller sees rows
 // committed since its snapshot. Raises when SPI reports an error. Returns the number of rows processed; results are in
 // SPI_tuptable. SPI must be connected.

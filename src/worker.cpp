@@ -4,6 +4,7 @@
 #include "worker.hpp"
 #include "debug_point.hpp"
 #include "pace.hpp"
+#include "restore.hpp"
 #include "spi.hpp"
 
 MIGRATE_FUNCTION(migrate_launch_worker)
@@ -23,6 +24,7 @@ constexpr int kSignalTimeout = 10000;  // ms that reading the signals (the user'
 struct Job {
     char *text;  // migrate._job in text form, for _run and _job_failed
     char *activity;
+    bool restore;       // statements that are run outside of the turn's transaction
     bool own_snapshot;  // to be run in a REPEATABLE READ transaction of its own
     bool exit, wait;
     double wait_ms;
@@ -59,14 +61,6 @@ bool try_lock(const Worker &w, int worker) {
     return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
-// Runs fn in SPI as the extension's owner within the current transaction.
-template <class Fn>
-void as_owner(Fn fn) {
-    PushActiveSnapshot(GetTransactionSnapshot());
-    with_extension_owner([&] { with_spi(fn); });
-    PopActiveSnapshot();
-}
-
 char *text_field(int column, MemoryContext context) {
     char *value = SPI_getvalue(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, column);
     return value ? MemoryContextStrdup(context, value) : NULL;
@@ -89,7 +83,8 @@ void pick_job(Worker *w) {
                             BoolGetDatum(check)};
     if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
     run_sql(
-        "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch"
+        "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
+        " j.action IN ('index', 'validate_key')"
         " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
         6, types, values);
     disable_timeout(STATEMENT_TIMEOUT, false);
@@ -101,6 +96,7 @@ void pick_job(Worker *w) {
     w->job.own_snapshot = text_field(5, w->turn_context)[0] == 't';
     w->job.text = text_field(6, w->turn_context);
     if (integer_field(7) > 0) w->batch = (int)integer_field(7);
+    w->job.restore = text_field(8, w->turn_context)[0] == 't';
 }
 
 // At most once a second, so that the row that views read is not written by every batch.
@@ -165,7 +161,7 @@ void handle_failure(Worker *w, const ErrorData *error) {
     w->tries++;
     log_failure(w, error);
     auto decide = [w, error] {
-        as_owner([&] {
+        as_extension_owner([&] {
             const char *object = object_of(error);
             const Oid types[] = {INT4OID, INT4OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, INT4OID, INT4OID};
             const Datum values[] = {Int32GetDatum(w->start.migration),
@@ -204,10 +200,10 @@ bool take_turn(Worker *w) {
             w->job.exit = true;
             return;
         }
-        as_owner([w] {
+        as_extension_owner([w] {
             pick_job(w);
             DEBUG_POINT("worker: job picked");
-            if (!w->job.exit && !w->job.wait && !w->job.own_snapshot) run_job(w);
+            if (!w->job.exit && !w->job.wait && !w->job.own_snapshot && !w->job.restore) run_job(w);
         });
     };
     ErrorData *error = attempt(Undo::kTransaction, whole);
@@ -215,9 +211,13 @@ bool take_turn(Worker *w) {
     if (error == NULL && w->job.own_snapshot) {
         auto alone = [w] {
             XactIsoLevel = XACT_REPEATABLE_READ;
-            as_owner([w] { run_job(w); });
+            as_extension_owner([w] { run_job(w); });
         };
         error = attempt(Undo::kTransaction, alone);
+    }
+    if (error == NULL && w->job.restore) {
+        pgstat_report_activity(STATE_RUNNING, w->job.activity);
+        error = run_restore(w->job.text);
     }
     if (error)
         handle_failure(w, error);
@@ -270,7 +270,7 @@ void show_name(Worker *w) {
     char *name = NULL;
     auto step = [w, &name] {
         if (!extension_exists()) return;
-        as_owner([w, &name] {
+        as_extension_owner([w, &name] {
             const Oid types[] = {INT4OID};
             const Datum values[] = {Int32GetDatum(w->start.migration)};
             if (run_sql("SELECT 'migrate_ext: ' || m.name FROM migrate._migration AS m WHERE m.id = $1", 1, types,

@@ -78,12 +78,14 @@ CREATE TABLE migrate._flow (
     not_carried text[] NOT NULL DEFAULT '{}',
     reverse_gaps text[] NOT NULL DEFAULT '{}',
     fingerprint text,
+    empty_at_start boolean NOT NULL DEFAULT false,
     UNIQUE (migration, name)
 );
 COMMENT ON TABLE migrate._flow IS 'one source to one target; the texts are what the user gave, kept to recognize the same definition again: what runs is the view of _mapping';
 COMMENT ON COLUMN migrate._flow.not_carried IS 'source columns that no target column is computed from';
 COMMENT ON COLUMN migrate._flow.reverse_gaps IS 'why writes to the target cannot (wholly) be carried back, one sentence each';
 COMMENT ON COLUMN migrate._flow.fingerprint IS '_fingerprint() as it was when the dual writes were last known to be without a gap';
+COMMENT ON COLUMN migrate._flow.empty_at_start IS 'the target had no row at all when the migration was started';
 
 -- A flow has a mapping in the direction 'forward' (origin = source, dest = target) and, where one can be had, in the direction
 -- 'reverse' (origin = target, dest = source). The primitive of src/flow.cpp knows nothing but this row.
@@ -124,6 +126,30 @@ CREATE TABLE migrate._view (
 );
 COMMENT ON TABLE migrate._view IS 'views that cutover switches (add_view)';
 COMMENT ON COLUMN migrate._view.aside IS 'shape source: the name under which the source table steps aside';
+
+-- Definitions are kept in pieces, between which the present names of the tables are put: tables may be renamed meanwhile (add_view
+-- does so itself). The pieces are as PostgreSQL printed them, never a user's text, and run as the table's owner.
+CREATE TABLE migrate._deferred (
+    flow       integer NOT NULL,
+    ordinal    integer NOT NULL,
+    kind       text NOT NULL CHECK (kind IN ('index', 'foreign_key')),
+    name       text NOT NULL,
+    referenced regclass,
+    head       text NOT NULL DEFAULT '',
+    tail       text NOT NULL,
+    tablespace text,
+    statistics integer[],
+    comment    text,
+    state      text NOT NULL DEFAULT 'aside' CHECK (state IN ('aside', 'building', 'added', 'validating', 'restored', 'given_up')),
+    why        text,
+    PRIMARY KEY (flow, ordinal)
+);
+COMMENT ON TABLE migrate._deferred IS 'indexes and foreign keys of a target that start set aside for the copy';
+COMMENT ON COLUMN migrate._deferred.head IS 'foreign_key: FOREIGN KEY (columns)';
+COMMENT ON COLUMN migrate._deferred.tail IS 'index: what follows the name of the table; foreign_key: what follows the name of the referenced table';
+COMMENT ON COLUMN migrate._deferred.statistics IS 'statistics target of each column of an index, NULL where it has the default';
+COMMENT ON COLUMN migrate._deferred.state IS
+    'aside, building: the index is not there; added, validating: the foreign key is NOT VALID yet; given_up: it cannot be restored, why tells';
 
 CREATE TABLE migrate._range (
     flow       integer NOT NULL,

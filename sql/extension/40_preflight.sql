@@ -36,6 +36,7 @@ INSERT INTO migrate._check_definition (name, promise) VALUES
     ('constraints', 'no constraint of a target could refuse a row that the source took'),
     ('deferred_constraints', 'no constraint of a target is checked at commit'),
     ('foreign_key_actions', 'no foreign key of a target changes rows by itself'),
+    ('deferred', 'no index and no foreign key of a target is set aside for the copy'),
     ('target_triggers', 'targets have no triggers of their own'),
     ('source_triggers', 'no trigger of a source fires for the carried-back writes'),
     ('referencing_keys', 'no foreign key references a source'),
@@ -165,6 +166,7 @@ BEGIN
         UNION ALL SELECT * FROM migrate._check_empty(m)
         UNION ALL SELECT * FROM migrate._check_columns(m)
         UNION ALL SELECT * FROM migrate._check_constraints(m)
+        UNION ALL SELECT * FROM migrate._check_deferred(m)
         UNION ALL SELECT * FROM migrate._check_triggers(m)
         UNION ALL SELECT * FROM migrate._check_left_behind(m)
         UNION ALL SELECT * FROM migrate._check_reverse(m)

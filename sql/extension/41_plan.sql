@@ -92,14 +92,17 @@ LANGUAGE sql STABLE AS $$
     WHERE f.migration = m.id GROUP BY r.rows_per_second, r.basis
 $$;
 
-CREATE FUNCTION migrate._plan_phases(m migrate._migration) RETURNS text
+-- defers: something is set aside for the copy.
+CREATE FUNCTION migrate._plan_phases(m migrate._migration, defers boolean) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT array_to_string(ARRAY['## Phases, and the locks they take', '', '| phase | what happens | locks, and for how long |', '|---|---|---|',
         format('| `start` → dual_writing | triggers are made on %s; every write to it is applied to its targets in the same transaction | SHARE ROW EXCLUSIVE on each source for the moment it takes to make triggers. Writers wait at most %s ms an attempt (lock_timeout), readers not at all; tried again for up to %s (cutover_timeout) |',
                (SELECT string_agg(DISTINCT migrate._plan_code(f.source::text), ', ') FROM migrate._flow f WHERE f.migration = m.id),
                migrate._opt_ms(m.id, 'lock_timeout'), migrate._plan_time(migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0)),
+        CASE WHEN defers THEN '| `start`, too | secondary indexes and foreign keys of the target are set aside (see Preflight, deferred) | ACCESS EXCLUSIVE on the target and on what a foreign key references, the source too, for that moment; where a reader is in the way for 2 s, foreign keys stay |' END,
         format('| backfilling | existing rows are copied in batches, %s worker(s), first batch %s rows; a batch, the keys it skipped and its checkpoint are one transaction, so a kill loses a batch of work and no row | ROW SHARE on the source, ROW EXCLUSIVE on the target, rows of a batch FOR SHARE SKIP LOCKED for about %s ms (batch_time): an UPDATE of such a row waits that long; the backfill waits for no row |',
                migrate._opt(m.id, 'workers'), migrate._opt(m.id, 'batch_size'), migrate._opt_ms(m.id, 'batch_time')),
+        CASE WHEN defers THEN '| backfilling, at its end | what was set aside comes back: indexes by CREATE INDEX CONCURRENTLY, foreign keys NOT VALID, then VALIDATE; a violated one stops as failed | SHARE UPDATE EXCLUSIVE on the target while it builds and validates; SHARE ROW EXCLUSIVE on source, target and referenced table for the moment of adding a key, tried as by start. Waits for transactions that are older than the build |' END,
         '| validating | both sides are compared range by range, exactly and under load; stops as failed at a mismatch, and repairs nothing unasked | ACCESS SHARE on both for a range |',
         CASE WHEN migrate._opt(m.id, 'shadow_rate')::numeric > 0
              THEN format('| shadowing | %s of the keys are read from both sides for %s (shadow_rate, shadow_time) | ACCESS SHARE, 200 ms at a time |', migrate._opt(m.id, 'shadow_rate'), migrate._opt(m.id, 'shadow_time'))
@@ -120,7 +123,7 @@ LANGUAGE sql STABLE AS $$
           ELSE '- A write whose dual write cannot be applied **passes** (dual_write = best_effort): its key goes to `migrate.failures`, a worker tries it again, and cutover is refused until none is left.' END,
         format('- A row that cannot be copied goes to `migrate.failures` too; at more than %s (max_failures) the backfill stops as failed.', migrate._opt(m.id, 'max_failures')),
         '- A crash, a kill or a failover loses at most one batch of work: the migration goes on from its checkpoint.',
-        format('- Pause: %s. Give up: %s; it leaves the source as it was, and what was copied in the target.', migrate._plan_code(format('SELECT migrate.pause(%L);', m.name)), migrate._plan_code(format('SELECT migrate.cancel(%L);', m.name))),
+        format('- Pause: %s. Give up: %s; it leaves the source as it was, and what was copied in the target unless that would refuse the application''s deletes.', migrate._plan_code(format('SELECT migrate.pause(%L);', m.name)), migrate._plan_code(format('SELECT migrate.cancel(%L);', m.name))),
         '- Rollback carries nothing more over: the reverse dual writes have kept the source in step since cutover, except for what is marked **not carried back** above.'], E'\n')
 $$;
 
@@ -131,7 +134,7 @@ LANGUAGE sql STABLE AS $$
             count(*) FILTER (WHERE severity = 'error'), count(*) FILTER (WHERE severity = 'warning'),
             count(*) FILTER (WHERE severity = 'info'), count(*) FILTER (WHERE severity = 'ok')), '']
         || coalesce(array_agg(format('- **%s** %s: %s%s', severity, "check", migrate._plan_cell(message), CASE hint WHEN '' THEN '' ELSE E'  \n  ' || migrate._plan_code(hint) END) ORDER BY ordinality)
-                    FILTER (WHERE severity IN ('error', 'warning')), '{}')
+                    FILTER (WHERE severity IN ('error', 'warning') OR "check" = 'deferred' AND severity = 'info'), '{}')
         || ARRAY['', '### What cutover does not move', '']
         || coalesce(array_agg('- ' || migrate._plan_cell(message) ORDER BY ordinality)
                     FILTER (WHERE "check" IN ('referencing_keys', 'dependents', 'sequences', 'grants', 'publication', 'defaults') AND severity IN ('info', 'warning')), '{- nothing was found}'), E'\n')
@@ -197,6 +200,6 @@ BEGIN
         CASE WHEN options IS NULL THEN 'All options are at their defaults.' ELSE E'Options that differ from their defaults:\n\n' || options END,
         '## What is mapped',
         (SELECT string_agg(migrate._plan_flow(f), E'\n\n' ORDER BY f.id) FROM migrate._flow f WHERE f.migration = m.id),
-        migrate._plan_estimates(m), migrate._plan_phases(m), migrate._plan_failures(m), migrate._plan_preflight(m, caller),
+        migrate._plan_estimates(m), migrate._plan_phases(m, EXISTS (SELECT FROM migrate._check_deferred(m) c WHERE c.message ~ ' set aside ')), migrate._plan_failures(m), migrate._plan_preflight(m, caller),
         migrate._plan_checklist(m), migrate._plan_commands(m)) || E'\n';
 END $$;

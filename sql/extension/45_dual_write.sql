@@ -66,8 +66,9 @@ LANGUAGE sql AS $$
     UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.migration = m.id
 $$;
 
--- Turns the forward dual writes on. The caller holds SHARE ROW EXCLUSIVE on every source: no writer is under way.
-CREATE FUNCTION migrate._arm(m_id integer) RETURNS text
+-- Turns the forward dual writes on. The caller holds SHARE ROW EXCLUSIVE on every source: no writer is under way. keys: the locks for
+-- setting foreign keys aside are held too.
+CREATE FUNCTION migrate._arm(m_id integer, caller regrole, keys boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
@@ -78,6 +79,9 @@ BEGIN
     -- @point start: triggers created
     PERFORM migrate._note_fingerprints(m);
     -- @point start: fingerprints noted
+    UPDATE migrate._flow f SET empty_at_start = migrate._is_empty(f.target) WHERE f.migration = m_id;
+    PERFORM migrate._set_aside(m, caller, keys);
+    -- @point start: objects set aside
     RETURN 'armed';
 END $$;
 
@@ -85,7 +89,9 @@ CREATE FUNCTION migrate._start(caller regrole, name text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
-    tables regclass[];
+    deadline timestamptz := clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0);
+    whole record;
+    less record;
 BEGIN
     IF m.phase IN ('cancelled', 'finalized') THEN
         PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, m.phase), '', format('To run it again: SELECT migrate.drop(%L); and define it anew.', m.name));
@@ -96,12 +102,22 @@ BEGIN
     END IF;
     BEGIN  -- undone, so that no lock of what is read here stays
         PERFORM migrate._preflight_errors(m.id);
-        SELECT array_agg(DISTINCT r ORDER BY r) INTO tables FROM migrate._flow f, LATERAL migrate._partition_tree(f.source) r WHERE f.migration = m.id;
+        SELECT * INTO whole FROM migrate._start_locks(m, true);
+        SELECT * INTO less FROM migrate._start_locks(m, false);
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
-    PERFORM migrate._under_locks(m, caller, 'start', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
-        format('SELECT migrate._arm(%s)', m.id), clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0));
+    -- To take a foreign key off, readers of the referenced table must be out of it for a moment. Where one stays, the key stays too.
+    BEGIN
+        PERFORM migrate._under_locks(m, caller, 'start', whole.relations, whole.modes, format('SELECT migrate._arm(%s, %L, true)', m.id, caller),
+            CASE WHEN whole.has_keys THEN least(deadline, clock_timestamp() + interval '2 s') ELSE deadline END);
+    EXCEPTION WHEN lock_not_available OR object_in_use THEN
+        IF NOT whole.has_keys THEN
+            RAISE;
+        END IF;
+        PERFORM migrate._event(m, caller, 'not set aside', format('the foreign keys of the target: %s', SQLERRM));
+        PERFORM migrate._under_locks(m, caller, 'start', less.relations, less.modes, format('SELECT migrate._arm(%s, %L, false)', m.id, caller), deadline);
+    END;
     UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;
     PERFORM migrate._belongs_here(m.id);
     m := migrate._move(m, caller, 'dual_writing', 'start');

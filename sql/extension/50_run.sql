@@ -18,13 +18,21 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT phase IN ('dual_writing', 'backfilling', 'validating', 'shadowing', 'ready', 'cut_over')
 $$;
 
+-- Whether indexes or foreign keys that start set aside are still to be built. After cancel a worker does that, too.
+CREATE FUNCTION migrate._is_restoring(m_id integer) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM migrate._deferred d JOIN migrate._flow f ON f.id = d.flow WHERE f.migration = m_id AND d.state NOT IN ('restored', 'given_up'))
+$$;
+
 -- Whether a worker would find something to do. A worker that does not, ends.
 CREATE FUNCTION migrate._has_work(m migrate._migration) RETURNS boolean
 LANGUAGE sql STABLE AS $$
     SELECT migrate._is_under_way(m.phase) AND m.paused_since IS NULL AND m.failed_since IS NULL
        AND (m.phase NOT IN ('ready', 'cut_over')
             OR migrate._opt(m.id, 'shadow_rate')::numeric > 0
-            OR EXISTS (SELECT FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id))
+            OR EXISTS (SELECT FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id)
+            OR migrate._is_restoring(m.id))
+        OR m.phase = 'cancelled' AND migrate._is_restoring(m.id)
 $$;
 
 -- The migrations that were started in another system or database than this one, which is a copy of it, and what is to be
@@ -120,6 +128,7 @@ BEGIN
         RAISE NOTICE 'migration "%" is paused already', m.name USING DETAIL = m.paused_reason;
         RETURN before || ' -> ' || before;
     END IF;
+    PERFORM migrate._interrupt_restore(m);
     UPDATE migrate._migration x SET paused_since = clock_timestamp(), paused_reason = format('paused by %s', caller),
            throttled_since = NULL, throttled_reason = NULL
     WHERE x.id = m.id;
@@ -181,12 +190,14 @@ LANGUAGE sql AS $$
     WHERE x.id = m_id
 $$;
 
--- Only while nothing is switched: the source is left as it was, the target with the rows copied so far.
+-- Only while nothing is switched: the source is left as it was, the target with its indexes and foreign keys, and with the rows copied
+-- so far, unless they would stand in the application's way (77_leave.sql).
 CREATE FUNCTION migrate._cancel(caller regrole, name text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
     before text := migrate._state(m.id);
+    emptied regclass[];
 BEGIN
     IF m.phase = 'cancelled' THEN
         RAISE NOTICE 'migration "%" is cancelled already', m.name;
@@ -197,7 +208,8 @@ BEGIN
             CASE WHEN m.phase = 'cut_over' THEN format('SELECT migrate.rollback(%L); goes back to the source first.', m.name)
                  ELSE format('SELECT migrate.drop(%L); forgets the migration.', m.name) END);
     END IF;
-    PERFORM migrate._dismantle(m, caller, 'be cancelled', CASE WHEN m.phase <> 'planned' THEN migrate._trigger_tables(m) END);
+    PERFORM migrate._interrupt_restore(m);
+    emptied := migrate._leave(m, caller);
     -- @point cancel: triggers dropped
     UPDATE migrate._migration x SET paused_since = NULL, paused_reason = NULL, failed_since = NULL, failed_reason = NULL,
            throttled_since = NULL, throttled_reason = NULL, both_directions = false
@@ -207,8 +219,10 @@ BEGIN
     PERFORM migrate._move(m, caller, 'cancelled', format('cancelled by %s', caller));
     -- @point cancel: phase moved
     RAISE NOTICE 'migration "%" is cancelled: no dual write is left on its tables', m.name
-        USING HINT = format('Rows copied so far stay in %s. SELECT migrate.drop(%L); forgets the migration and removes its views.',
-                            (SELECT string_agg(DISTINCT f.target::text, ', ') FROM migrate._flow f WHERE f.migration = m.id), m.name);
+        USING HINT = concat_ws(' ', 'Rows copied so far stay in ' || (SELECT string_agg(DISTINCT f.target::text, ', ') FROM migrate._flow f WHERE f.migration = m.id AND f.target <> ALL (emptied)) || '.',
+                               (SELECT string_agg(t::text, ', ') FROM unnest(emptied) t) || ' is empty again, as it was before start: its foreign keys would have let its rows refuse deletes.',
+                               format('SELECT migrate.drop(%L); forgets the migration and removes its views.', m.name));
+    PERFORM migrate._leave_rest(m);
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;
 

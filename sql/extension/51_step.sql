@@ -30,7 +30,7 @@ CREATE TYPE migrate._job AS (
     migration integer, worker integer, action text, phase text, flow integer, ordinal integer, direction text,
     rows integer, wait_ms integer, own_snapshot boolean, batch integer, activity text);
 COMMENT ON TYPE migrate._job IS
-    'action: exit, wait, ranges, copy, requeue, retry, advance, validate, shadow; batch: the batch size the worker is to take up';
+    'action: exit, wait, ranges, copy, requeue, retry, index, add_key, validate_key, advance, validate, shadow; batch: the batch size the worker is to take up';
 
 -- The next job of this worker, with all that is needed locked. turn: a counter; first: the worker's first turn; check: the
 -- throttle's signals have not been looked at for a while.
@@ -45,7 +45,7 @@ BEGIN
         PERFORM migrate._pause_clone(m);
         SELECT * INTO m FROM migrate._migration x WHERE x.id = migration_id;
     END IF;
-    IF m.id IS NULL OR NOT migrate._is_under_way(m.phase) OR m.paused_since IS NOT NULL OR m.failed_since IS NOT NULL THEN
+    IF m.id IS NULL OR NOT (migrate._is_under_way(m.phase) OR m.phase = 'cancelled' AND migrate._is_restoring(m.id)) OR m.paused_since IS NOT NULL OR m.failed_since IS NOT NULL THEN
         j := migrate._wait_job(m, worker, NULL);
         RETURN j;
     END IF;
@@ -70,6 +70,9 @@ BEGIN
     END IF;
     IF first AND worker = 0 THEN
         PERFORM migrate._note(m.id, 0, NULL);  -- it may have been noted that there is no slot for this worker
+    END IF;
+    IF j.action IN ('index', 'validate_key') THEN
+        PERFORM migrate._begin_restore(j);
     END IF;
     IF worker = 0 AND m.phase NOT IN ('backfilling', 'validating') THEN
         PERFORM migrate._note_throttle(m, NULL);  -- a full disk may have been noted; undone when it still is
@@ -113,7 +116,9 @@ BEGIN
             RETURN j;
         END IF;
     END IF;
-    IF m.phase = 'backfilling' THEN
+    IF worker = 0 AND m.phase NOT IN ('dual_writing', 'backfilling') AND migrate._is_restoring(m.id) THEN
+        RETURN migrate._choose_restore(m, j);
+    ELSIF m.phase = 'backfilling' THEN
         RETURN migrate._choose_backfill(m, j, batch, look);
     ELSIF worker > 0 THEN
         RETURN migrate._wait_job(m, worker, NULL);
@@ -139,7 +144,7 @@ BEGIN
     RETURN j;
 END $$;
 
--- A range to copy a batch of; when all are done, the re-queue; when that is empty, the next phase.
+-- A range to copy a batch of; when all are done, the re-queue; when that is empty, what was set aside; at last the next phase.
 CREATE FUNCTION migrate._choose_backfill(m migrate._migration, j migrate._job, batch integer, look boolean) RETURNS migrate._job
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -168,8 +173,11 @@ BEGIN
         RETURN migrate._wait_job(m, j.worker, NULL);
     ELSE
         SELECT q.flow INTO j.flow FROM migrate._requeue q JOIN migrate._flow f ON f.id = q.flow WHERE f.migration = m.id ORDER BY q.at LIMIT 1;
-        j.action := CASE WHEN FOUND THEN 'requeue' ELSE 'advance' END;
-        j.activity := format(CASE WHEN FOUND THEN '%s: copying rows that were locked' ELSE '%s: ending the backfill' END, m.name);
+        IF NOT FOUND AND migrate._is_restoring(m.id) THEN
+            RETURN migrate._choose_restore(m, j);
+        END IF;
+        j.action := CASE WHEN j.flow IS NOT NULL THEN 'requeue' ELSE 'advance' END;
+        j.activity := format(CASE WHEN j.flow IS NOT NULL THEN '%s: copying rows that were locked' ELSE '%s: ending the backfill' END, m.name);
     END IF;
     RETURN j;
 END $$;
@@ -230,6 +238,8 @@ BEGIN
         rest := migrate._run_requeue(m, j.flow, tries);
     WHEN 'retry' THEN
         rest := migrate._run_retry(m, j);
+    WHEN 'add_key' THEN
+        rest := migrate._run_add_key(m, j);
     WHEN 'advance' THEN
         PERFORM migrate._end_backfill(m);
     WHEN 'validate' THEN

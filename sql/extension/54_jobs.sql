@@ -220,6 +220,9 @@ DECLARE
     f migrate._flow;
     failures bigint;
 BEGIN
+    IF migrate._is_restoring(m.id) THEN
+        PERFORM migrate._raise('XX000', 'the backfill is not done: indexes or foreign keys of a target are set aside');
+    END IF;
     FOR f IN SELECT * FROM migrate._flow x WHERE x.migration = m.id LOOP
         IF f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id) THEN
             PERFORM migrate._fail_gap(m, f.name);

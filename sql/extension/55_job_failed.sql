@@ -50,6 +50,8 @@ BEGIN
         wait_ms := 0;
         IF blame = 'row' AND j.action = 'copy' THEN
             PERFORM migrate._isolate(m, j, sqlstate, object);
+        ELSIF j.action IN ('index', 'add_key', 'validate_key') THEN
+            PERFORM migrate._restore_failed(m, j, sqlstate, message);
         ELSE
             PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate));
         END IF;

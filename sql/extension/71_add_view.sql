@@ -307,9 +307,10 @@ END $$;
 
 -- Before the source is left to itself again (cancel, drop): tables that stepped aside get their names back and the triggers go, all
 -- in one attempt, so that no view is held while a table is waited for. Views come before tables, the order in which applications
--- lock them. `also`: what else is to be locked. The other views stay, over the source, for applications may use them. Returns a
+-- lock them. `also`: what else is to be locked; `own`: the targets among it that _leave_target() puts in order; `patience`: for how long
+-- locks are tried for, at most. The other views stay, over the source, for applications may use them. Returns a
 -- sentence on what is left, or NULL.
-CREATE FUNCTION migrate._dismantle(m migrate._migration, caller regrole, goal text, also regclass[]) RETURNS text
+CREATE FUNCTION migrate._dismantle(m migrate._migration, caller regrole, goal text, also regclass[], own regclass[] DEFAULT '{}', patience interval DEFAULT NULL) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     relations regclass[];
@@ -324,14 +325,14 @@ BEGIN
     SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid) INTO relations FROM wanted w;
     IF relations IS NOT NULL THEN
         PERFORM migrate._under_locks(m, caller, goal, relations, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(relations)]),
-            format('SELECT migrate._dismantle_now(%s)', m.id), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+            format('SELECT migrate._dismantle_now(%s, %L, %L)', m.id, caller, own), clock_timestamp() + least(migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms', patience));
     END IF;
     SELECT string_agg(x.view::text, ', ' ORDER BY x.view::text) INTO left_over FROM migrate._view x JOIN pg_class c ON c.oid = x.view
     WHERE x.migration = m.id AND x.shape = 'target';
     RETURN 'left over the source: view ' || left_over;
 END $$;
 
-CREATE FUNCTION migrate._dismantle_now(m_id integer) RETURNS text
+CREATE FUNCTION migrate._dismantle_now(m_id integer, caller regrole, own regclass[]) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
@@ -343,6 +344,8 @@ BEGIN
     -- @point cancel: views restored
     PERFORM migrate._drop_triggers(m, 'forward');
     PERFORM migrate._drop_triggers(m, 'reverse');
+    PERFORM migrate._leave_target(m, caller, t) FROM unnest(own) t;
+    -- @point cancel: targets left
     RETURN 'dismantled';
 END $$;
 

@@ -2,7 +2,7 @@
 
 CREATE FUNCTION migrate._gate_names() RETURNS text[]
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT '{paused,failed,dual_writes,failures,requeue,validation,shadow,reverse,preflight,views,sequences,snapshots}'::text[]
+    SELECT '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,sequences,snapshots}'::text[]
 $$;
 COMMENT ON FUNCTION migrate._gate_names IS 'what a switch checks; snapshots is the wait for old snapshots';
 
@@ -42,6 +42,10 @@ BEGIN
         WHEN 'requeue' THEN
             SELECT format('%s keys wait to be copied', count(*)) INTO problem
             FROM migrate._requeue x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id HAVING count(*) > 0;
+            hint := format('SELECT * FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name);
+        WHEN 'deferred' THEN
+            SELECT 'not built or validated yet: ' || string_agg(migrate._deferred_name(d), ', ' ORDER BY d.flow, d.ordinal) INTO problem
+            FROM migrate._still_deferred(m.id) d;
             hint := format('SELECT * FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name);
         WHEN 'validation' THEN
             problem := migrate._validation_gate(m.id);

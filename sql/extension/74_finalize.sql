@@ -183,6 +183,7 @@ BEGIN
     IF m.phase = 'cut_over' THEN
         PERFORM migrate._require_window_closed(m, force);
     END IF;
+    PERFORM migrate._require_restored(m, 'finalized');
     BEGIN  -- undone, so that no lock of what is read here stays
         SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns
         FROM migrate._columns_to_drop(m, drop_columns) c;
@@ -207,6 +208,7 @@ BEGIN
     DELETE FROM migrate._failure x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._requeue x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._range x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._deferred x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._view x WHERE x.migration = m_id;
     DELETE FROM migrate._mapping x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._flow x WHERE x.migration = m_id;
@@ -233,6 +235,7 @@ BEGIN
             'It can in phases planned, cancelled and finalized.',
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
     END IF;
+    PERFORM migrate._require_restored(m, 'dropped');
     IF m.phase <> 'finalized' THEN
         -- A validation of the migration may still be reading the mapping views.
         left_over := migrate._dismantle(m, caller, 'be dropped',

@@ -4,12 +4,12 @@
 -- here: whoever reads a view needs the right to call its functions, and nobody has that for internal ones.
 CREATE VIEW migrate._progress AS
     SELECT m.id, m.name, m.owner, m.phase,
-           CASE WHEN m.phase IN ('planned', 'finalized', 'cancelled') THEN 'idle'
+           CASE WHEN m.phase IN ('planned', 'finalized') OR m.phase = 'cancelled' AND d.deferred = 0 THEN 'idle'
                 WHEN m.failed_since IS NOT NULL THEN 'failed'
                 WHEN m.paused_since IS NOT NULL OR c.why IS NOT NULL THEN 'paused'
                 WHEN m.throttled_since IS NOT NULL THEN 'throttled'
-                WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows THEN 'idle'
-                WHEN w.pids IS NULL OR p.note IS NOT NULL THEN 'waiting'
+                WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows AND d.deferred = 0 THEN 'idle'
+                WHEN w.pids IS NULL OR p.note IS NOT NULL AND NOT d.building THEN 'waiting'
                 ELSE 'running' END AS state,
            CASE WHEN m.phase IN ('planned', 'dual_writing') THEN 0.0
                 WHEN m.phase = 'backfilling' THEN CASE WHEN p.rows_estimated IS NOT NULL THEN least(99.9, round(100.0 * r.rows_copied / greatest(p.rows_estimated, 1), 1)) END
@@ -20,7 +20,7 @@ CREATE VIEW migrate._progress AS
                 THEN make_interval(secs => round(greatest(p.rows_estimated - r.rows_copied, 0) / p.rows_per_second)::double precision) END AS eta,
            m.batch_rows AS batch_size, r.checkpoint, m.throttled_since,
            coalesce(m.throttled_reason, t.by_verb) AS throttled_by,
-           p.note, x.failures, q.requeued, w.pids AS workers,
+           p.note || coalesce(b.detail, '') AS note, x.failures, q.requeued, w.pids AS workers,
            CASE WHEN m.failed_since IS NOT NULL THEN m.failed_reason ELSE p.last_error END AS last_error,
            coalesce(m.paused_reason, c.why) AS paused_reason, m.failed_reason
     FROM migrate._migration m
@@ -38,6 +38,12 @@ CREATE VIEW migrate._progress AS
                        FROM migrate._failure e JOIN migrate._flow f ON f.id = e.flow WHERE f.migration = m.id) x ON true
     LEFT JOIN LATERAL (SELECT count(*) AS requeued
                        FROM migrate._requeue e JOIN migrate._flow f ON f.id = e.flow WHERE f.migration = m.id) q ON true
+    LEFT JOIN LATERAL (SELECT count(*) AS deferred, coalesce(bool_or(e.state IN ('building', 'validating')), false) AS building
+                       FROM migrate._deferred e JOIN migrate._flow f ON f.id = e.flow
+                       WHERE f.migration = m.id AND e.state NOT IN ('restored', 'given_up')) d ON true
+    -- (Of another role's backend, only who may read all statistics sees more than the PID.)
+    LEFT JOIN LATERAL (SELECT max(concat(': ' || i.phase, ' ' || round(100.0 * i.blocks_done / nullif(i.blocks_total, 0)) || ' %', ', for PID ' || nullif(i.current_locker_pid, 0))) AS detail
+                       FROM pg_catalog.pg_stat_progress_create_index i WHERE i.pid = ANY (w.pids)) b ON true
     LEFT JOIN LATERAL (SELECT coalesce(bool_or(o.name = 'shadow_rate' AND o.value::numeric > 0), false) AS shadows,
                               string_agg(CASE o.name WHEN 'throttle_ratio' THEN 'ratio ' || o.value ELSE o.value || ' rows/s' END || ' by throttle()'
                                          || coalesce(' until ' || to_char(o.expires_at, 'YYYY-MM-DD HH24:MI:SSOF'), ''), ', ')

@@ -42,7 +42,7 @@ COMMENT ON FUNCTION migrate.resume IS 'goes on after pause';
 
 CREATE FUNCTION migrate.cancel(name text)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.cancel IS 'ends a migration that is not switched: drops its triggers, leaves the source as it was';
+COMMENT ON FUNCTION migrate.cancel IS 'ends a migration that is not switched: drops its triggers, leaves the source as it was, and the target with its indexes and foreign keys';
 
 CREATE FUNCTION migrate.retry(name text)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
@@ -143,7 +143,7 @@ DECLARE
     relation regclass;
 BEGIN
     FOR relation IN SELECT c.oid FROM pg_catalog.pg_class c
-             WHERE c.relnamespace = 'migrate'::regnamespace AND c.relname IN ('_migration', '_option', '_flow', '_mapping', '_view', '_range', '_requeue', '_event')
+             WHERE c.relnamespace = 'migrate'::regnamespace AND c.relname IN ('_migration', '_option', '_flow', '_mapping', '_view', '_range', '_requeue', '_deferred', '_event')
                 OR c.oid IN (SELECT pg_catalog.pg_get_serial_sequence('migrate.' || t, 'id')::regclass FROM unnest(ARRAY['_migration', '_flow', '_event']) t) LOOP
         PERFORM pg_catalog.pg_extension_config_dump(relation, '');
     END LOOP;

@@ -25,16 +25,21 @@ sub crash_server
 	$node->safe_psql('postgres', <<'SQL');
 CREATE ROLE boss SUPERUSER LOGIN;
 CREATE ROLE app LOGIN;
--- The migration's state as the catalog has it: phase, dual-write triggers there and back, and the side that the view reads.
+-- The migration's state as the catalog has it: phase, dual-write triggers there and back, the side that the view reads, and whether
+-- the target's index and its foreign key to itself, which are set aside for the copy, are there as they were.
 CREATE FUNCTION state_of_m() RETURNS text LANGUAGE sql AS $$
     SELECT concat_ws(' ', coalesce((SELECT phase FROM migrate._migration WHERE name = 'm'), 'none'),
         (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^MIGRATE_\d+_forward' AND tgenabled = 'A'),
         (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^MIGRATE_\d+_reverse' AND tgenabled = 'A'),
         (SELECT CASE WHEN bool_or(d.refobjid = to_regclass('user_profiles')) THEN 'target' ELSE 'source' END
-         FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid WHERE r.ev_class = to_regclass('profile')))
+         FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid WHERE r.ev_class = to_regclass('profile')),
+        (SELECT CASE count(*) WHEN 2 THEN 'all' ELSE 'aside' END FROM
+            (SELECT FROM pg_index i WHERE i.indexrelid = to_regclass('profile_name') AND i.indisvalid AND obj_description(i.indexrelid, 'pg_class') = 'as it was'
+             UNION ALL SELECT FROM pg_constraint k WHERE k.conrelid = to_regclass('user_profiles') AND k.conname = 'user_profiles_parent_fkey' AND k.convalidated) x))
 $$;
--- Waits until m is in the phase and has no failures; says what stands in the way instead.
-CREATE FUNCTION settle(goal text, idle_ms integer) RETURNS text LANGUAGE plpgsql AS $$
+-- Waits until m is in the phase and has no failures; says what stands in the way instead. Each look is a transaction of its own,
+-- for a worker that builds an index waits for older ones.
+CREATE PROCEDURE settle(goal text, idle_ms integer, INOUT answer text DEFAULT NULL) LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
     seen timestamptz := clock_timestamp();
@@ -42,29 +47,35 @@ BEGIN
     FOR i IN 1 .. 6000 LOOP
         SELECT * INTO m FROM migrate._migration WHERE name = 'm';
         IF m.failed_since IS NOT NULL THEN
-            RETURN 'failed: ' || m.failed_reason;
+            answer := 'settled: failed: ' || m.failed_reason;
+            RETURN;
         ELSIF m.phase = goal AND NOT EXISTS (SELECT FROM migrate._failure) THEN
-            RETURN 'settled';
+            answer := 'settled: settled';
+            RETURN;
         ELSIF EXISTS (SELECT FROM migrate._worker) THEN
             seen := clock_timestamp();
         ELSIF clock_timestamp() > seen + idle_ms * interval '1 ms' THEN
-            RETURN 'no worker';
+            answer := 'settled: no worker';
+            RETURN;
         END IF;
+        COMMIT;
         PERFORM pg_sleep(0.01);
+        COMMIT;
     END LOOP;
-    RETURN format('%s after a minute', m.phase);
+    answer := format('settled: %s after a minute', m.phase);
 END $$;
-CREATE FUNCTION must_settle(goal text) RETURNS void LANGUAGE plpgsql AS $$
+CREATE PROCEDURE must_settle(goal text) LANGUAGE plpgsql AS $$
 DECLARE
-    status text := settle(goal, 5000);
+    status text;
 BEGIN
-    ASSERT status = 'settled', status;
+    CALL settle(goal, 5000, status);
+    ASSERT status = 'settled: settled', status;
 END $$;
 CREATE FUNCTION nothing_is_left() RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
     found text;
 BEGIN
-    PERFORM settle('dropped', 0);
+    FOR i IN 1 .. 3000 LOOP EXIT WHEN NOT EXISTS (SELECT FROM migrate._worker); PERFORM pg_sleep(0.01); END LOOP;
     found := concat_ws(', ', (SELECT 'trigger ' || min(tgname) FROM pg_trigger WHERE tgname LIKE 'MIGRATE%'),
         (SELECT 'view ' || min(relname) FROM pg_class WHERE relnamespace = 'migrate'::regnamespace AND relname LIKE 'flow%'),
         (SELECT 'prepared transaction ' || min(gid) FROM pg_prepared_xacts), (SELECT 'worker ' || min(pid) FROM migrate._worker),
@@ -163,16 +174,16 @@ sub arm_session
 # What becomes of it is kept in a hash; steps are given as SQL, so that many of them make one call of psql.
 
 # How the catalog looks in each phase (state_of_m): nothing may be half done.
-my $working = qr/^(dual_writing|backfilling|validating|shadowing|ready) 3 0 source$/;
+my $working = qr/^((dual_writing|backfilling) 3 0 source \w+|(validating|shadowing|ready) 3 0 source all)$/;
 my %whole = (
 	none => qr/^none 0 0 /,
-	planned => qr/^planned 0 0 source$/,
+	planned => qr/^planned 0 0 source all$/,
 	dual_writing => $working,
-	validating => qr/^(validating|shadowing|ready) 3 [03] source$/,
-	ready => qr/^ready 3 [03] source$/,
-	cut_over => qr/^cut_over 3 3 target$/,
-	finalized => qr/^finalized 0 0 target$/,
-	cancelled => qr/^cancelled 0 0 source$/);
+	validating => qr/^(validating|shadowing|ready) 3 [03] source all$/,
+	ready => qr/^ready 3 [03] source all$/,
+	cut_over => qr/^cut_over 3 3 target all$/,
+	finalized => qr/^finalized 0 0 target all$/,
+	cancelled => qr/^cancelled 0 0 source all$/);
 
 # Whether the state, as state_of_m() gives it, is whole, whatever the phase.
 sub whole
@@ -199,7 +210,10 @@ SET client_min_messages = warning;
 DROP VIEW IF EXISTS profile;
 DROP TABLE IF EXISTS user_profiles, users;
 CREATE TABLE users (id bigint GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY, name text NOT NULL, bio text);
-CREATE TABLE user_profiles (user_id bigint PRIMARY KEY $key, display_name text NOT NULL CHECK (display_name <> 'refused'), bio text NOT NULL DEFAULT '');
+CREATE TABLE user_profiles (user_id bigint PRIMARY KEY $key, display_name text NOT NULL CHECK (display_name <> 'refused'), bio text NOT NULL DEFAULT '',
+    parent bigint REFERENCES user_profiles);
+CREATE INDEX profile_name ON user_profiles (lower(display_name));
+COMMENT ON INDEX profile_name IS 'as it was';
 INSERT INTO users (name, bio) SELECT 'user ' || i, CASE WHEN i % 3 > 0 THEN 'bio' END FROM generate_series(1, $life->{rows}) i;
 SELECT migrate.define('m', 'users', 'user_profiles', \$\$ id AS user_id, name AS display_name, coalesce(bio, '') AS bio \$\$,
     reverse => \$\$ user_id AS id, display_name AS name, bio \$\$, on_target_delete => 'delete');
@@ -214,7 +228,7 @@ sub bring
 {
 	my ($life, $phase, $references) = @_;
 	my %step = (
-		'planned ready' => "SELECT migrate.start('m'); SELECT must_settle('ready');\n", 'ready cut_over' => "SELECT migrate.cutover('m');\n",
+		'planned ready' => "SELECT migrate.start('m'); CALL must_settle('ready');\n", 'ready cut_over' => "SELECT migrate.cutover('m');\n",
 		'cut_over ready' => "SELECT migrate.rollback('m');\n", 'ready cancelled' => "SELECT migrate.cancel('m');\n",
 		'cut_over finalized' => "SELECT migrate.finalize('m', force => 'm');\n");
 	my $sql = '';
@@ -295,7 +309,7 @@ sub recover
 	$life->{cutovers}++ if $after eq 'cut_over' && $t->{from} eq 'ready';
 	$life->{expected} = {} if $t->{empties};
 	my $goal = $after eq 'cut_over' ? 'cut_over' : 'ready';
-	my $settle = "SELECT 'settled: ' || settle('$goal', $idle);\n" . comparison($life);
+	my $settle = "CALL settle('$goal', $idle);\n" . comparison($life);
 	my ($failed, $error, $out) = run_sql($node, $sql . ($ended ? '' : $settle));
 	if (!$failed && $out =~ /^settled: (failed|no worker)(.*)/m && !($1 eq 'no worker' && $t->{action} eq 'kill'))
 	{

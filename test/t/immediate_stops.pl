@@ -121,8 +121,8 @@ for my $round (1 .. $rounds)
 	# Every other time the migration goes on through the next crash; else it is brought to its end.
 	next if rand() < 0.5 && $round < $rounds;
 	my $goal = $life->{phase} eq 'cut_over' ? 'cut_over' : 'ready';
-	($failed, $error, $found) = run_sql($node, "SELECT migrate.start('m'); SELECT migrate.resume('m'); SELECT settle('$goal', 15000);\n" . comparison($life));
-	like($found, qr/^settled\nequal: 0 differ/m, "round $round: it goes on to $goal, both sides are equal") or diag("$found$error");
+	($failed, $error, $found) = run_sql($node, "SELECT migrate.start('m'); SELECT migrate.resume('m'); CALL settle('$goal', 15000);\n" . comparison($life));
+	like($found, qr/^settled: settled\nequal: 0 differ/m, "round $round: it goes on to $goal, both sides are equal") or diag("$found$error");
 	$life->{phase} = $goal;
 	@from = anew();
 }

@@ -112,8 +112,8 @@ SQL
 	$reader->quit;
 	$life->{phase} = $to;
 	$life->{cutovers}++ if $to eq 'cut_over';
-	($failed, $error, my $out) = run_sql($node, ($by_worker ? disarm_workers($node) : '') . "SELECT must_settle('$to');\n" . comparison($life));
-	is($out, "\nequal: 0 differ, 0 lost, $life->{cutovers} cutovers", "$what: equal") or diag($error);
+	($failed, $error, my $out) = run_sql($node, ($by_worker ? disarm_workers($node) : '') . "CALL must_settle('$to');\n" . comparison($life));
+	is($out, "equal: 0 differ, 0 lost, $life->{cutovers} cutovers", "$what: equal") or diag($error);
 	return;
 }
 
