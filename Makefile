@@ -24,6 +24,11 @@ ifdef MIGRATE_MUTANT
 PG_CXXFLAGS += -DMIGRATE_MUTANT=$(MIGRATE_MUTANT)
 endif
 
+# For tests: a build whose dual writes all go through SQL.
+ifdef MIGRATE_PATH
+PG_CXXFLAGS += -DMIGRATE_PATH=$(MIGRATE_PATH)
+endif
+
 # A test build (make MIGRATE_TEST=1) has debug points, see src/debug_point.hpp; any other has no trace of them.
 ifdef MIGRATE_TEST
 PG_CXXFLAGS += -DMIGRATE_TEST

@@ -27,4 +27,14 @@ constexpr bool is_mutant(mutant::Name name) {
     return name == mutant::MIGRATE_MUTANT;
 }
 
+// A build for tests, `make MIGRATE_PATH=spi`, in which every dual write goes through SQL: both paths must pass the tests
+// of the protocol.
+enum class Path { any, spi };
+
+#ifndef MIGRATE_PATH
+#define MIGRATE_PATH any
+#endif
+
+constexpr bool kOnlySql = Path::MIGRATE_PATH == Path::spi;
+
 }  // namespace migrate
