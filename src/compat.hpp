@@ -126,4 +126,46 @@ inline void md5_free(Md5Stream *stream) {
 }
 #endif
 
+inline IndexScanDesc begin_index_scan(Relation table, Relation index, Snapshot snapshot, int nkeys) {
+#if PG_VERSION_NUM >= 180000
+    return index_beginscan(table, index, snapshot, NULL, nkeys, 0);
+#else
+    return index_beginscan(table, index, snapshot, nkeys, 0);
+#endif
+}
+
+// The range table of an executor state whose only relation is a table that is written.
+inline void init_range_table(EState *estate, Relation table) {
+    RangeTblEntry *entry = makeNode(RangeTblEntry);
+    entry->rtekind = RTE_RELATION;
+    entry->relid = RelationGetRelid(table);
+    entry->relkind = table->rd_rel->relkind;
+    entry->rellockmode = RowExclusiveLock;
+#if PG_VERSION_NUM >= 160000
+    List *permissions = NIL;
+    (void)addRTEPermissionInfo(&permissions, entry);
+#if PG_VERSION_NUM >= 180000
+    ExecInitRangeTable(estate, list_make1(entry), permissions, bms_make_singleton(1));
+#else
+    ExecInitRangeTable(estate, list_make1(entry), permissions);
+#endif
+#else
+    ExecInitRangeTable(estate, list_make1(entry));
+#endif
+}
+
+// Enters a row that was written into the indexes of its table. A conflict in one of the arbiters is told, not raised,
+// and not waited for.
+inline void insert_index_entries(ResultRelInfo *target, TupleTableSlot *row, EState *estate, bool *conflict,
+                                 List *arbiters) {
+#if PG_VERSION_NUM >= 160000
+    list_free(ExecInsertIndexTuples(target, row, estate, false, true, conflict, arbiters, false));
+#elif PG_VERSION_NUM >= 140000
+    list_free(ExecInsertIndexTuples(target, row, estate, false, true, conflict, arbiters));
+#else
+    estate->es_result_relation_info = target;
+    list_free(ExecInsertIndexTuples(row, estate, true, conflict, arbiters));
+#endif
+}
+
 }  // namespace migrate

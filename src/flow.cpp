@@ -1,4 +1,5 @@
 #include "flow.hpp"
+#include "flow_lock.hpp"
 #include "flow_sql.hpp"
 
 namespace migrate {
@@ -59,6 +60,11 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
     return *slot;
 }
 
+// SQL does not see the rows of a bulk copy that is under way.
+void keep_out_bulk_copies(const Mapping *m) {
+    if (!m->reverse) lock_flow(m, ShareLock);
+}
+
 }  // namespace
 
 void begin_applying(const Mapping *m) {
@@ -91,6 +97,7 @@ void init_flow() {
 }
 
 void upsert_keys(Mapping *m, KeyArrays keys) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         pin_planner_to_heap();
         if (m->partial) {
@@ -111,6 +118,7 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
 }
 
 void remove_keys(Mapping *m, KeyArrays keys) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         SPIPlanPtr plan = kept_plan(m, &m->remove, [&](Sql &sql) { delete_missing(sql, m, dest_key_in_params(m)); });
         run_latest(plan, keys, NULL);
@@ -125,6 +133,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
         upsert_keys(m, upserted);
         return;
     }
+    keep_out_bulk_copies(m);
     Datum keys[2 * INDEX_MAX_KEYS];
     memcpy(keys, removed, sizeof(Datum) * m->nparams);
     memcpy(keys + m->nparams, upserted, sizeof(Datum) * m->nparams);
@@ -140,6 +149,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
 }
 
 void remove_all_missing(Mapping *m) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         Sql sql;
         delete_missing(sql, m, dest_share(m));

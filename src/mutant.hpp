@@ -9,6 +9,7 @@ namespace mutant {
 enum Name {
     none,
     no_row_lock,         // the backfill's batch copies without locking the source rows it read
+    no_refetch,          // a batch that locks no row does not read the source again after it has written
     no_key_lock,         // keys that are applied one by one are read without a lock
     no_requeue,          // keys that a batch skipped, because they were locked, are forgotten
     no_latest_snapshot,  // dual writes see the target as the application's transaction does, old snapshots included
