@@ -24,7 +24,7 @@ struct Copy {
     List *arbiters;  // the index of dest's key
     BulkInsertState bulk;
     Projection *projection;
-    TupleTableSlot *row;  // of origin
+    TupleTableSlot *row, *skipped_row;  // of origin
     // the slice
     TupleTableSlot *slots[kSliceRows];
     ItemPointerData sources[kSliceRows];
@@ -32,8 +32,8 @@ struct Copy {
     Size bytes;
     // the outcome
     MemoryContext result;
-    int64 total;
-    int64 total_bytes;
+    bool limits_bytes;
+    int64 total, total_bytes;
     ItemPointerData *discarded;  // own copies to be taken back
     int ndiscarded, capacity;
     Datum *skipped;  // their keys, nparams texts each
@@ -41,7 +41,7 @@ struct Copy {
 
 // ---- one slice -----------------------------------------------------------------------------------------------------
 
-// The stored size of a row's values, as the limit of a batch counts them.
+// The stored size of a row's values, as the query's limit counts them.
 Size stored_bytes(const Copy &c, TupleTableSlot *slot) {
     Size bytes = 0;
     const TupleDesc desc = slot->tts_tupleDescriptor;
@@ -60,7 +60,7 @@ bool take_row(Copy *c) {
     TupleTableSlot *slot = c->slots[c->filled];
     if (slot == NULL) slot = c->slots[c->filled] = table_slot_create(c->dest, &c->estate->es_tupleTable);
     if (!project(c->projection, c->row, slot)) return false;
-    c->total_bytes += stored_bytes(*c, slot);
+    if (c->limits_bytes) c->total_bytes += stored_bytes(*c, slot);
     add_defaults(c->projection, slot);
     slot->tts_tableOid = RelationGetRelid(c->dest);
     if (RelationGetDescr(c->dest)->constr) ExecConstraints(c->target, slot, c->estate);
@@ -74,11 +74,11 @@ bool take_row(Copy *c) {
 // The keys of rows that are taken back. Their source rows are as they were read, updated since or not: the snapshot
 // keeps them.
 void note_skipped(Copy *c, ItemPointer source) {
-    if (!table_tuple_fetch_row_version(c->origin, source, SnapshotAny, c->row))
+    if (!table_tuple_fetch_row_version(c->origin, source, SnapshotAny, c->skipped_row))
         ereport(ERROR,
                 (errcode(ERRCODE_T_R_SERIALIZATION_FAILURE), errmsg("a row of the batch was removed too early")));
     MemoryContext old = MemoryContextSwitchTo(c->result);
-    key_texts(c->mapping, c->row, c->skipped + (Size)c->ndiscarded * c->mapping->nparams);
+    key_texts(c->mapping, c->skipped_row, c->skipped + (Size)c->ndiscarded * c->mapping->nparams);
     MemoryContextSwitchTo(old);
 }
 
@@ -190,6 +190,7 @@ void begin_copy(Copy *c, const Mapping *m, Relation origin, Relation dest, Memor
     c->projection = make_projection(m, origin, dest, &why_not);
     begin_projection(c->projection);
     c->row = table_slot_create(origin, &c->estate->es_tupleTable);
+    c->skipped_row = table_slot_create(origin, &c->estate->es_tupleTable);
     c->capacity = kSliceRows;
     c->discarded = (ItemPointerData *)palloc(sizeof(ItemPointerData) * c->capacity);
     c->skipped = (Datum *)palloc(sizeof(Datum) * c->capacity * m->nparams);
@@ -217,34 +218,40 @@ IndexScanDesc begin_scan(const Copy &c, const Batch &batch) {
     return scan;
 }
 
-Datum key_array(const Mapping *m, Datum *texts) {
-    return PointerGetDatum(construct_array(texts, m->nparams, TEXTOID, -1, false, TYPALIGN_INT));
+bool is_full(const Copy &c, const Batch &batch) {
+    return c.total >= batch.max_rows || (batch.max_bytes > 0 && c.total_bytes >= batch.max_bytes);
 }
 
-// Reads and writes up to the batch's limits. False where most of the first slice's rows were there already.
+// The batch ends with the row that was read last.
+void set_reached(const Copy &c, Batch *batch) {
+    Datum texts[INDEX_MAX_KEYS];
+    MemoryContext old = MemoryContextSwitchTo(c.result);
+    key_texts(c.mapping, c.row, texts);
+    batch->reached = PointerGetDatum(construct_array(texts, c.mapping->nparams, TEXTOID, -1, false, TYPALIGN_INT));
+    MemoryContextSwitchTo(old);
+}
+
+// Reads and writes up to the batch's limits, or until dest has most of a slice's rows already: then the batch ends
+// there. False where that is its first slice: the rows are for a query, which can tell what is right already.
 bool copy_rows(Copy *c, Batch *batch) {
     IndexScanDesc scan = begin_scan(*c, *batch);
-    bool first = true, go_on = true, full = false;
-    while (go_on && !full && index_getnext_slot(scan, ForwardScanDirection, c->row)) {
+    bool first = true, ended = false, there_already = false;
+    while (!ended && index_getnext_slot(scan, ForwardScanDirection, c->row)) {
         CHECK_FOR_INTERRUPTS();
         if (!take_row(c)) continue;
-        full = c->total >= batch->max_rows || (batch->max_bytes > 0 && c->total_bytes >= batch->max_bytes);
-        if (full) {
-            Datum texts[INDEX_MAX_KEYS];
-            key_texts(c->mapping, c->row, texts);
-            MemoryContext old = MemoryContextSwitchTo(c->result);
-            batch->reached = key_array(c->mapping, texts);
-            MemoryContextSwitchTo(old);
-        }
-        if (c->filled == (first ? kFirstSliceRows : kSliceRows) || c->bytes >= kSliceBytes) {
+        ended = is_full(*c, *batch);
+        if (ended || c->filled == (first ? kFirstSliceRows : kSliceRows) || c->bytes >= kSliceBytes) {
             const int rows = c->filled;
-            go_on = flush_slice(c) * 2 <= rows || !first;
+            if (flush_slice(c) * 2 > rows) ended = there_already = true;
+            if (there_already && first) break;
             first = false;
         }
+        if (ended) set_reached(*c, batch);
     }
     index_endscan(scan);
-    if (go_on) flush_slice(c);
-    return go_on;
+    if (there_already && first) return false;
+    flush_slice(c);
+    return true;
 }
 
 // Own copies of the rows that were contested, or in conflict, are taken back: this command did not see them come.
@@ -274,7 +281,6 @@ bool has_insert_trigger(const TriggerDesc *t) {
 // Logical decoding would show a copy that is taken back as a row of its own, which a subscriber may have already. A
 // slot that is made later does not decode transactions that have an ID by then, as this one has.
 bool may_be_decoded(Relation dest) {
-    (void)GetCurrentTransactionId();
     int slots, active;
     return RelationIsLogicallyLogged(dest) && ReplicationSlotsCountDBSlots(MyDatabaseId, &slots, &active);
 }
@@ -296,9 +302,11 @@ const char *why_no_bulk_copy(const Mapping *m, Relation origin, Relation dest) {
 bool bulk_copy(const Mapping *m, Batch *batch, MemoryContext result) {
     Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, RowExclusiveLock);
     bool done = false;
+    (void)GetCurrentTransactionId();
     if (try_lock_flow(m, RowExclusiveLock) && why_no_bulk_copy(m, origin, dest) == NULL) {
         Copy c;
         begin_copy(&c, m, origin, dest, result);
+        c.limits_bytes = batch->max_bytes > 0;
         DEBUG_POINT("batch: snapshot taken");
         done = copy_rows(&c, batch);
         take_back(&c);

@@ -28,8 +28,8 @@ constexpr bool is_mutant(mutant::Name name) {
     return name == mutant::MIGRATE_MUTANT;
 }
 
-// A build for tests, `make MIGRATE_PATH=spi`, in which every dual write goes through SQL: both paths must pass the tests
-// of the protocol.
+// A build for tests, `make MIGRATE_PATH=spi`, in which every dual write goes through SQL: both paths must pass the
+// tests of the protocol.
 enum class Path { any, spi };
 
 #ifndef MIGRATE_PATH
