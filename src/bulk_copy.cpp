@@ -101,7 +101,7 @@ int write_slice(Copy *c, bool *conflicts) {
     for (int i = 0; i < c->filled; i++) {
         conflicts[i] = false;
         ResetPerTupleExprContext(c->estate);
-        insert_index_entries(c->target, c->slots[i], c->estate, &conflicts[i], c->arbiters);
+        list_free(insert_index_entries(c->estate, c->target, c->slots[i], false, &conflicts[i], c->arbiters, false));
         n += conflicts[i];
     }
     return n;
@@ -180,9 +180,7 @@ void begin_copy(Copy *c, const Mapping *m, Relation origin, Relation dest, Memor
     c->snapshot = RegisterSnapshot(GetLatestSnapshot());
     PushActiveSnapshot(c->snapshot);
     c->estate = CreateExecutorState();
-    init_range_table(c->estate, dest);
-    c->target = makeNode(ResultRelInfo);
-    InitResultRelInfo(c->target, dest, 1, NULL, 0);
+    c->target = open_result_relation(c->estate, dest, NULL);
     ExecOpenIndices(c->target, false);
     c->arbiters = key_indexes(m, c->target);
     c->bulk = GetBulkInsertState();
@@ -200,7 +198,7 @@ void begin_copy(Copy *c, const Mapping *m, Relation origin, Relation dest, Memor
 void end_copy(Copy *c) {
     FreeBulkInsertState(c->bulk);
     table_finish_bulk_insert(c->dest, 0);
-    ExecCloseIndices(c->target);
+    close_result_relation(c->estate, c->target);
     ExecResetTupleTable(c->estate->es_tupleTable, false);
     FreeExecutorState(c->estate);
     index_close(c->index, NoLock);

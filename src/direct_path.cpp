@@ -56,9 +56,9 @@ const char *why_not_indexes(Relation dest) {
 }
 
 const char *why_not_key(const Mapping *m, Relation origin, Relation dest) {
-    if (!OidIsValid(find_key_index(m, origin, &KeyColumn::origin)))
+    if (find_key_indexes(m, origin, &KeyColumn::origin) == NIL)
         return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(origin));
-    if (!OidIsValid(find_key_index(m, dest, &KeyColumn::dest)))
+    if (find_key_indexes(m, dest, &KeyColumn::dest) == NIL)
         return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(dest));
     for (int i = 0; i < m->nkey; i++)
         if (!TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1)->attnotnull)
@@ -103,7 +103,8 @@ bool is_dual_write_trigger(const Trigger *t) {
     return false;
 }
 
-Oid find_key_index(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column) {
+List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column) {
+    List *found = NIL;
     ListCell *cell;
     foreach (cell, RelationGetIndexList(relation)) {
         Relation index = index_open(lfirst_oid(cell), AccessShareLock);
@@ -111,11 +112,10 @@ Oid find_key_index(const Mapping *m, Relation relation, AttrNumber KeyColumn::*c
         bool fits = form->indisunique && form->indimmediate && form->indisvalid && form->indnkeyatts == m->nkey &&
                     index->rd_rel->relam == BTREE_AM_OID && RelationGetIndexPredicate(index) == NIL;
         for (int i = 0; i < form->indnkeyatts && fits; i++) fits = is_key(m, column, form->indkey.values[i]);
-        const Oid found = RelationGetRelid(index);
+        if (fits) found = lappend_oid(found, RelationGetRelid(index));
         index_close(index, NoLock);
-        if (fits) return found;
     }
-    return InvalidOid;
+    return found;
 }
 
 const char *why_not_direct(const Mapping *m, Relation origin, Relation dest) {

@@ -8,8 +8,8 @@ namespace migrate {
 // The answer holds until origin, dest or the view changes; who acts on it holds a lock on dest that keeps DDL out.
 const char *why_not_direct(const Mapping *m, Relation origin, Relation dest);
 
-// A unique index over just the mapping's key columns of origin or dest, that a key can be looked up in; else 0.
-Oid find_key_index(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column);
+// The unique indexes over just the mapping's key columns of origin or dest, that a key can be looked up in.
+List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column);
 
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);

@@ -27,10 +27,10 @@ void forget_all(XactEvent event, void *) {
     if (event == XACT_EVENT_ABORT || event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE) applying_depth = 0;
 }
 
-bool is_in_use(const Mapping *m) {
+int times_in_use(const Mapping *m) {
     int n = 0;
     for (int i = 0; i < applying_depth; i++) n += applying[i].mapping == m;
-    return n > 1;  // once is the caller's own
+    return n;
 }
 
 // A generic plan whose parameters are the arrays of one list of keys, or of several.
@@ -48,7 +48,7 @@ SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
 // that has led to this one by a user's trigger, is left to be revalidated by the server.
 template <class Build>
 SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists = 1) {
-    if (*slot && !is_in_use(m) && !SPI_plan_is_valid(*slot)) {
+    if (*slot && times_in_use(m) <= 1 && !SPI_plan_is_valid(*slot)) {
         SPI_freeplan(*slot);
         *slot = NULL;
     }
@@ -77,6 +77,10 @@ void begin_applying(const Mapping *m) {
 
 void end_applying() {
     applying_depth--;
+}
+
+bool is_in_use(const Mapping *m) {
+    return times_in_use(m) > 0;
 }
 
 bool is_applying(int32 migration) {

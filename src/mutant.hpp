@@ -15,6 +15,9 @@ enum Name {
     no_latest_snapshot,  // dual writes see the target as the application's transaction does, old snapshots included
     no_barrier,          // a switch does not wait for transactions with a snapshot from before
     event_not_state,     // a key that an event took away is deleted without a look whether it is back
+    direct_mvcc_lookup,  // the direct path looks for dest's row by a snapshot, which shows nothing uncommitted
+    no_speculation,      // it inserts a row that was not there when it looked as if nobody else could be faster
+    no_target_lock,      // it does not hold a row of dest that is right already
     new_key_only,        // a key that a row has lost is not looked at again, though another row may have it
 };
 
