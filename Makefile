@@ -11,7 +11,7 @@ SCRIPT_PARTS = $(sort $(wildcard sql/extension/*.sql))
 DATA_built = $(EXTENSION)--$(EXTVERSION).sql
 
 # Each test of sql/*.sql is named here, in the order they run (test/run checks that none is left out).
-REGRESS = define dual_write state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan deferred \
+REGRESS = define dual_write bulk_copy state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan deferred \
 	shadow view cutover finalize worker
 # A database of its own encoding, whatever the cluster's.
 REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext --encoding=UTF8 --no-locale
@@ -22,6 +22,11 @@ PG_CXXFLAGS = -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -Wall
 # For tests: a build without one safeguard of the protocol (see src/mutant.hpp).
 ifdef MIGRATE_MUTANT
 PG_CXXFLAGS += -DMIGRATE_MUTANT=$(MIGRATE_MUTANT)
+endif
+
+# For tests: a build whose dual writes all go through SQL.
+ifdef MIGRATE_PATH
+PG_CXXFLAGS += -DMIGRATE_PATH=$(MIGRATE_PATH)
 endif
 
 # A test build (make MIGRATE_TEST=1) has debug points, see src/debug_point.hpp; any other has no trace of them.

@@ -1,8 +1,11 @@
-// The primitive under row locks, for callers that do not hold them already: the backfill (a key range), retries and
-// repair (keys). Protocol P1: source rows are locked FOR SHARE SKIP LOCKED, so nobody changes them until the batch
-// commits and the application never waits for us longer than a batch; what was skipped is given back.
+// The primitive under row locks, for callers that do not hold them already: the backfill (a key range, where it cannot
+// be copied in bulk), retries and repair (keys). Protocol P1: source rows are locked FOR SHARE SKIP LOCKED, so nobody
+// changes them until the batch commits and the application never waits for us longer than a batch; what was skipped is
+// given back.
+#include "bulk_copy.hpp"
 #include "debug_point.hpp"
 #include "flow.hpp"
+#include "flow_lock.hpp"
 #include "flow_sql.hpp"
 #include "mutant.hpp"
 
@@ -43,6 +46,10 @@ struct Range {
     Datum bounds[2];  // low (exclusive), high (inclusive) as text[]
     char nulls[3];    // 'n': open on that side
 };
+
+Range whole_range(const Batch &batch) {
+    return {{batch.low, batch.high}, {batch.low ? ' ' : 'n', batch.high ? ' ' : 'n', 0}};
+}
 
 // ROW(v.k) > low AND ROW(v.k) <= high
 char *in_range(const Mapping *m, const Range &range) {
@@ -154,6 +161,22 @@ char *copy_sql(const Mapping *m, const Range &range) {
     from_not_locked(sql.add(")"), m, condition);
     sql.add(")");
     return pstrdup(sql.c_str());
+}
+
+// A batch by SQL: first the key that ends it, then one statement.
+void copy_by_query(const Mapping *m, Batch *batch, MemoryContext result) {
+    Range range = whole_range(*batch);
+    if (narrow_to(m, &range, batch->max_rows, batch->max_bytes, result)) batch->reached = range.bounds[1];
+    DEBUG_POINT("batch: bound known");
+    run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);
+    bool isnull;
+    HeapTuple row = SPI_tuptable->vals[0];
+    batch->rows_done = DatumGetInt64(SPI_getbinval(row, SPI_tuptable->tupdesc, 1, &isnull));
+    batch->rows_written = DatumGetInt64(SPI_getbinval(row, SPI_tuptable->tupdesc, 2, &isnull));
+    const Datum skipped = SPI_getbinval(row, SPI_tuptable->tupdesc, 3, &isnull);
+    MemoryContext old = MemoryContextSwitchTo(result);
+    batch->skipped = isnull ? (Datum)0 : datumCopy(skipped, false, -1);
+    MemoryContextSwitchTo(old);
 }
 
 // The typed key arrays out of a list of keys as 2-D text[].
@@ -273,33 +296,25 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
     const int max_rows = PG_GETARG_INT32(3);
     if (max_rows < 1)
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("max_rows is %d, below 1", max_rows)));
-    const int64 max_bytes = PG_ARGISNULL(4) ? 0 : PG_GETARG_INT64(4);
-    Range range = {{PG_ARGISNULL(1) ? (Datum)0 : PG_GETARG_DATUM(1), PG_ARGISNULL(2) ? (Datum)0 : PG_GETARG_DATUM(2)},
-                   {PG_ARGISNULL(1) ? 'n' : ' ', PG_ARGISNULL(2) ? 'n' : ' ', 0}};
+    Batch batch = {};
+    batch.low = PG_ARGISNULL(1) ? (Datum)0 : PG_GETARG_DATUM(1);
+    batch.high = PG_ARGISNULL(2) ? (Datum)0 : PG_GETARG_DATUM(2);
+    batch.max_rows = max_rows;
+    batch.max_bytes = PG_ARGISNULL(4) ? 0 : PG_GETARG_INT64(4);
     TupleDesc desc;
     if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");
     MemoryContext result = CurrentMemoryContext;
-    Datum values[4] = {};
-    bool nulls[4] = {};
-
     with_spi([&] {
         Mapping *m = require_mapping(PG_GETARG_INT32(0), false);
         as_dest_owner(m, kBackground, [&] {
             pin_output_settings();
-            nulls[2] = !narrow_to(m, &range, max_rows, max_bytes, result);
-            values[2] = range.bounds[1];
-            DEBUG_POINT("batch: bound known");
-            run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);
-            values[0] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &nulls[0]);
-            values[1] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 2, &nulls[1]);
-            values[3] = SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 3, &nulls[3]);
-            if (is_mutant(mutant::no_requeue)) nulls[3] = true;
-            MemoryContext old = MemoryContextSwitchTo(result);
-            if (!nulls[3]) values[3] = datumCopy(values[3], false, -1);
-            MemoryContextSwitchTo(old);
+            if (!bulk_copy(m, &batch, result)) copy_by_query(m, &batch, result);
+            if (is_mutant(mutant::no_requeue)) batch.skipped = (Datum)0;
             DEBUG_POINT("batch: rows written");
         });
     });
+    Datum values[4] = {Int64GetDatum(batch.rows_done), Int64GetDatum(batch.rows_written), batch.reached, batch.skipped};
+    bool nulls[4] = {false, false, batch.reached == 0, batch.skipped == 0};
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
 
@@ -318,6 +333,7 @@ Datum migrate_apply_keys(PG_FUNCTION_ARGS) {
     int n;
     deconstruct_array(keys, TEXTOID, -1, false, TYPALIGN_INT, &elements, &element_null, &n);
     ArrayBuildStateAny *busy = NULL;
+    bool all_busy = false;
     MemoryContext result = CurrentMemoryContext;
 
     with_spi([&] {
@@ -325,6 +341,11 @@ Datum migrate_apply_keys(PG_FUNCTION_ARGS) {
         if (width != m->nparams)
             ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR),
                             errmsg("keys have %d columns, not %d", width, m->nparams)));
+        // Batches that are under way have rows which SQL does not see.
+        if (!reverse && !try_lock_flow(m, ShareLock)) {
+            all_busy = true;
+            return;
+        }
         as_dest_owner(m, kBackground, [&] {
             pin_output_settings();
             if (apply_locked(m, PointerGetDatum(keys))) return;
@@ -337,6 +358,7 @@ Datum migrate_apply_keys(PG_FUNCTION_ARGS) {
             }
         });
     });
+    if (all_busy) PG_RETURN_DATUM(PG_GETARG_DATUM(2));
     if (busy == NULL) PG_RETURN_NULL();
     PG_RETURN_DATUM(makeArrayResultAny(busy, CurrentMemoryContext, true));
 }

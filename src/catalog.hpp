@@ -16,6 +16,8 @@ struct KeyColumn {
 // A failed write's consequence for the statement of the application that caused it.
 enum class OnFailure { kRaise, kRecord };
 
+struct DirectChoice;
+
 struct Mapping {
     int32 flow;
     int32 migration;
@@ -47,6 +49,7 @@ struct Mapping {
     bool both_directions;  // dest is written by the application too, and carried back
     bool kept;             // over transactions, until free_mapping
     MemoryContext context;
+    DirectChoice *direct;                        // direct_apply.cpp's
     SPIPlanPtr upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
 };
 

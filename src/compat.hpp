@@ -43,6 +43,113 @@ inline bool may_execute(Oid function, Oid role) {
 #endif
 }
 
+// ---- the executor's routines that write rows
+
+#if PG_VERSION_NUM >= 160000
+using IndexUpdate = TU_UpdateIndexes;
+inline bool writes_indexes(IndexUpdate update) {
+    return update != TU_None;
+}
+inline bool only_summarizing_indexes(IndexUpdate update) {
+    return update == TU_Summarizing;
+}
+#else
+using IndexUpdate = bool;
+inline bool writes_indexes(IndexUpdate update) {
+    return update;
+}
+inline bool only_summarizing_indexes(IndexUpdate) {
+    return false;
+}
+#endif
+
+// The relation as the only one that the executor's state writes to, with the columns (as a query's updatedCols) that an
+// update of its rows assigns. In the memory context of the state.
+inline ResultRelInfo *open_result_relation(EState *estate, Relation relation, Bitmapset *updated) {
+    RangeTblEntry *entry = makeNode(RangeTblEntry);
+    entry->rtekind = RTE_RELATION;
+    entry->relid = RelationGetRelid(relation);
+    entry->relkind = relation->rd_rel->relkind;
+    entry->rellockmode = RowExclusiveLock;
+#if PG_VERSION_NUM >= 160000
+    List *permissions = NIL;
+    addRTEPermissionInfo(&permissions, entry)->updatedCols = updated;
+#if PG_VERSION_NUM >= 180000
+    ExecInitRangeTable(estate, list_make1(entry), permissions, bms_make_singleton(1));
+#else
+    ExecInitRangeTable(estate, list_make1(entry), permissions);
+#endif
+#else
+    entry->updatedCols = updated;
+    ExecInitRangeTable(estate, list_make1(entry));
+#endif
+    ResultRelInfo *result = makeNode(ResultRelInfo);
+    InitResultRelInfo(result, relation, 1, NULL, 0);
+#if PG_VERSION_NUM >= 140000
+    estate->es_opened_result_relations = lappend(estate->es_opened_result_relations, result);
+#else
+    estate->es_result_relations = result;
+    estate->es_num_result_relations = 1;
+    estate->es_result_relation_info = result;
+#endif
+    return result;
+}
+
+// Its indexes, where they have been opened, and what its triggers have opened.
+inline void close_result_relation(EState *estate, ResultRelInfo *relation) {
+#if PG_VERSION_NUM >= 140000
+    ExecCloseResultRelations(estate);
+#else
+    ExecCloseIndices(relation);
+    ExecCleanUpTriggerState(estate);
+#endif
+}
+
+// conflict: not NULL where a conflict on one of `arbiters` is to be told instead of raised.
+inline List *insert_index_entries(EState *estate, ResultRelInfo *relation, TupleTableSlot *row, bool update,
+                                  bool *conflict, List *arbiters, bool only_summarizing) {
+#if PG_VERSION_NUM >= 160000
+    return ExecInsertIndexTuples(relation, row, estate, update, conflict != NULL, conflict, arbiters, only_summarizing);
+#elif PG_VERSION_NUM >= 140000
+    return ExecInsertIndexTuples(relation, row, estate, update, conflict != NULL, conflict, arbiters);
+#else
+    return ExecInsertIndexTuples(row, estate, conflict != NULL, conflict, arbiters);
+#endif
+}
+
+inline void after_row_update(EState *estate, ResultRelInfo *relation, ItemPointer old_row, TupleTableSlot *new_row,
+                             List *recheck) {
+#if PG_VERSION_NUM >= 150000
+    ExecARUpdateTriggers(estate, relation, NULL, NULL, old_row, NULL, new_row, recheck, NULL, false);
+#else
+    ExecARUpdateTriggers(estate, relation, old_row, NULL, new_row, recheck, NULL);
+#endif
+}
+
+inline void after_row_delete(EState *estate, ResultRelInfo *relation, ItemPointer old_row) {
+#if PG_VERSION_NUM >= 150000
+    ExecARDeleteTriggers(estate, relation, old_row, NULL, NULL, false);
+#else
+    ExecARDeleteTriggers(estate, relation, old_row, NULL, NULL);
+#endif
+}
+
+inline IndexScanDesc begin_index_scan(Relation table, Relation index, Snapshot snapshot, int nkeys) {
+#if PG_VERSION_NUM >= 180000
+    return index_beginscan(table, index, snapshot, NULL, nkeys, 0);
+#else
+    return index_beginscan(table, index, snapshot, nkeys, 0);
+#endif
+}
+
+inline bool may_use_schema(Oid schema, Oid role) {
+#if PG_VERSION_NUM >= 160000
+    return object_aclcheck(NamespaceRelationId, schema, role, ACL_USAGE) == ACLCHECK_OK;
+#else
+    return pg_namespace_aclcheck(schema, role, ACL_USAGE) == ACLCHECK_OK;
+#endif
+}
+
 // expression_tree_walker, whose C declarations leave out the walker's arguments until PostgreSQL 16.
 template <class Context>
 bool walk_expression(Node *node, bool (*walker)(Node *, Context *), Context *context) {

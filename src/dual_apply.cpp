@@ -1,6 +1,7 @@
 #include "dual_apply.hpp"
 #include "background.hpp"
 #include "debug_point.hpp"
+#include "direct_apply.hpp"
 #include "flow.hpp"
 #include "text.hpp"
 
@@ -29,7 +30,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     if (object == NULL) nulls[4] = 'n';
     failed_migration = m->migration;
     DEBUG_POINT("dual write: failure to be recorded");
-    with_extension_owner([&] {
+    auto record = [&] {
         pin_output_settings();
         for (int i = from; i < to; i++) {
             Datum values[5] = {Int32GetDatum(m->flow), CStringGetTextDatum(m->reverse ? "reverse" : "forward"),
@@ -40,16 +41,21 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
                 "$5, 'dual_write')",
                 5, types, values, nulls);
         }
-    });
+    };
+    with_spi([&] { with_extension_owner(record); });
     DEBUG_POINT("dual write: failure recorded");
 }
 
 void apply_plainly(Mapping *m, Write write, const KeyList &list, int from, int to) {
-    Datum *arrays = key_arrays(list, m, from, to);
-    if (write == Write::kUpsert)
-        upsert_keys(m, arrays);
-    else
-        remove_keys(m, arrays);
+    const KeySlice keys = {&list, from, to}, none = {};
+    if (apply_direct(m, write == Write::kRemove ? keys : none, write == Write::kUpsert ? keys : none)) return;
+    with_spi([&] {
+        Datum *arrays = key_arrays(list, m, from, to);
+        if (write == Write::kUpsert)
+            upsert_keys(m, arrays);
+        else
+            remove_keys(m, arrays);
+    });
 }
 
 // Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection. And, where the application
@@ -98,8 +104,11 @@ bool needs_subtransaction(const Mapping *m) {
 // All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
 bool replace(Mapping *m, const Touched &touched) {
     auto step = [&] {
-        replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
-                     key_arrays(touched.upsert, m, 0, touched.upsert.n));
+        if (!apply_direct(m, {&touched.remove, 0, touched.remove.n}, {&touched.upsert, 0, touched.upsert.n}))
+            with_spi([&] {
+                replace_keys(m, key_arrays(touched.remove, m, 0, touched.remove.n),
+                             key_arrays(touched.upsert, m, 0, touched.upsert.n));
+            });
         DEBUG_POINT("dual write: keys replaced");
     };
     if (!needs_subtransaction(m)) {

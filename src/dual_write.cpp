@@ -25,26 +25,23 @@ void flush(CacheEntry *entry) {
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
     // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's
     // trigger) the keys stay: what is applied here may yet be rolled back.
+    if (touched.left_over) forget_places(&touched.upsert);
     const bool final = GetCurrentTransactionNestLevel() <= outermost_level(touched);
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     Mapping *m = entry->mapping;
-    with_spi([&] {
-        if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
-        apply_touched(m, touched);
-        DEBUG_POINT("dual write: upserts done");
-    });
+    if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
+    apply_touched(m, touched);
+    DEBUG_POINT("dual write: upserts done");
     if (final) MemoryContextDelete(touched.context);
 }
 
 // What is to be gone before a foreign key's check; the rest is left to the commit.
 void flush_removals(CacheEntry *entry) {
     Mapping *m = entry->mapping;
-    with_spi([&] {
-        const KeyList removed = copy_keys(entry->touched.remove, m);
-        if (GetCurrentTransactionNestLevel() <= outermost_level(entry->touched))
-            memset(&entry->touched.remove, 0, sizeof(KeyList));
-        apply_list(m, Write::kRemove, removed);
-    });
+    const KeyList removed = copy_keys(entry->touched.remove, m);
+    if (GetCurrentTransactionNestLevel() <= outermost_level(entry->touched))
+        memset(&entry->touched.remove, 0, sizeof(KeyList));
+    apply_list(m, Write::kRemove, removed);
 }
 
 // How many triggers this one is nested in, itself included.
@@ -56,7 +53,10 @@ int trigger_depth() {
 // then the states are those that the application meant, and that dest's own constraints may be held against.
 void flush_outermost(CacheEntry *entry) {
     if (trigger_depth() > entry->touched.trigger_depth) return;
-    if (!is_exhausted(entry->mapping)) flush(entry);  // else left to the commit
+    if (is_exhausted(entry->mapping))
+        entry->touched.left_over = true;  // to the commit
+    else
+        flush(entry);
 }
 
 CacheEntry *any_touched() {
@@ -73,6 +73,7 @@ void flush_all() {
     grant_subtransactions();
     while (CacheEntry *entry = any_touched()) {
         PushActiveSnapshot(GetTransactionSnapshot());  // the last statement's is gone by now
+        entry->touched.left_over = true;
         flush(entry);
         PopActiveSnapshot();
         AfterTriggerFireDeferred();
@@ -149,7 +150,9 @@ bool same_key(const Mapping *m, Relation relation, TupleTableSlot *before, Tuple
     return true;
 }
 
-void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTableSlot *slot) {
+// place: where the row that has the key now is, or NULL.
+void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTableSlot *slot,
+           const ItemPointerData *place) {
     Datum values[INDEX_MAX_KEYS];
     read_key(entry->mapping, relation, slot, values);
     Touched &touched = entry->touched;
@@ -159,13 +162,14 @@ void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTa
     if (touched.context == NULL)
         touched.context =
             AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
-    append_key(&(touched.*list), entry->mapping, values, touched.context);
+    append_key(&(touched.*list), entry->mapping, values, place, touched.context);
 }
 
 // A key that a row has lost. Where origin's key is deferrable another row may have it too, and be the one that stays.
 void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
-    if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot);
-    if (entry->mapping->ambiguous && !is_mutant(mutant::new_key_only)) touch(entry, &Touched::upsert, relation, slot);
+    if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot, NULL);
+    if (entry->mapping->ambiguous && !is_mutant(mutant::new_key_only))
+        touch(entry, &Touched::upsert, relation, slot, NULL);
 }
 
 // A row that this transaction wrote: foreign keys check it again at each update, as they do an inserted one, and the
@@ -180,7 +184,7 @@ void note_event(CacheEntry *entry, TriggerData *data) {
     TupleTableSlot *row = data->tg_trigslot;
     bool at_once = false;
     if (TRIGGER_FIRED_BY_INSERT(data->tg_event)) {
-        touch(entry, &Touched::upsert, relation, row);
+        touch(entry, &Touched::upsert, relation, row, &row->tts_tid);
         at_once = m->insert_at_once;
     } else if (TRIGGER_FIRED_BY_DELETE(data->tg_event)) {
         touch_old_key(entry, relation, row);
@@ -193,7 +197,7 @@ void note_event(CacheEntry *entry, TriggerData *data) {
             touch_old_key(entry, relation, row);
             at_once = m->delete_at_once;
         }
-        touch(entry, &Touched::upsert, relation, after);
+        touch(entry, &Touched::upsert, relation, after, &after->tts_tid);
         at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
     }
     DEBUG_POINT("dual write: keys noted");

@@ -1,4 +1,5 @@
 #include "flow.hpp"
+#include "flow_lock.hpp"
 #include "flow_sql.hpp"
 
 namespace migrate {
@@ -26,10 +27,10 @@ void forget_all(XactEvent event, void *) {
     if (event == XACT_EVENT_ABORT || event == XACT_EVENT_COMMIT || event == XACT_EVENT_PREPARE) applying_depth = 0;
 }
 
-bool is_in_use(const Mapping *m) {
+int times_in_use(const Mapping *m) {
     int n = 0;
     for (int i = 0; i < applying_depth; i++) n += applying[i].mapping == m;
-    return n > 1;  // once is the caller's own
+    return n;
 }
 
 // A generic plan whose parameters are the arrays of one list of keys, or of several.
@@ -47,7 +48,7 @@ SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
 // that has led to this one by a user's trigger, is left to be revalidated by the server.
 template <class Build>
 SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists = 1) {
-    if (*slot && !is_in_use(m) && !SPI_plan_is_valid(*slot)) {
+    if (*slot && times_in_use(m) <= 1 && !SPI_plan_is_valid(*slot)) {
         SPI_freeplan(*slot);
         *slot = NULL;
     }
@@ -57,6 +58,11 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
         *slot = prepare(m, sql.c_str(), lists);
     }
     return *slot;
+}
+
+// SQL does not see the rows of a bulk copy that is under way.
+void keep_out_bulk_copies(const Mapping *m) {
+    if (!m->reverse) lock_flow(m, ShareLock);
 }
 
 }  // namespace
@@ -71,6 +77,10 @@ void begin_applying(const Mapping *m) {
 
 void end_applying() {
     applying_depth--;
+}
+
+bool is_in_use(const Mapping *m) {
+    return times_in_use(m) > 0;
 }
 
 bool is_applying(int32 migration) {
@@ -91,6 +101,7 @@ void init_flow() {
 }
 
 void upsert_keys(Mapping *m, KeyArrays keys) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         pin_planner_to_heap();
         if (m->partial) {
@@ -111,6 +122,7 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
 }
 
 void remove_keys(Mapping *m, KeyArrays keys) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         SPIPlanPtr plan = kept_plan(m, &m->remove, [&](Sql &sql) { delete_missing(sql, m, dest_key_in_params(m)); });
         run_latest(plan, keys, NULL);
@@ -125,6 +137,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
         upsert_keys(m, upserted);
         return;
     }
+    keep_out_bulk_copies(m);
     Datum keys[2 * INDEX_MAX_KEYS];
     memcpy(keys, removed, sizeof(Datum) * m->nparams);
     memcpy(keys + m->nparams, upserted, sizeof(Datum) * m->nparams);
@@ -140,6 +153,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
 }
 
 void remove_all_missing(Mapping *m) {
+    keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         Sql sql;
         delete_missing(sql, m, dest_share(m));

@@ -23,6 +23,9 @@ void replace_keys(Mapping *mapping, KeyArrays removed, KeyArrays upserted);
 // Deletes every row of this mapping's share of dest that no mapping view yields: what TRUNCATE asks for. As above.
 void remove_all_missing(Mapping *mapping);
 
+// Whether this backend is inside a write by this mapping (a function called by it has led to another one).
+bool is_in_use(const Mapping *mapping);
+
 // Whether this backend is inside a write of this migration's own.
 bool is_applying(int32 migration);
 

@@ -9,11 +9,15 @@ namespace mutant {
 enum Name {
     none,
     no_row_lock,         // the backfill's batch copies without locking the source rows it read
+    no_refetch,          // a batch that locks no row does not read the source again after it has written
     no_key_lock,         // keys that are applied one by one are read without a lock
     no_requeue,          // keys that a batch skipped, because they were locked, are forgotten
     no_latest_snapshot,  // dual writes see the target as the application's transaction does, old snapshots included
     no_barrier,          // a switch does not wait for transactions with a snapshot from before
     event_not_state,     // a key that an event took away is deleted without a look whether it is back
+    direct_mvcc_lookup,  // the direct path looks for dest's row by a snapshot, which shows nothing uncommitted
+    no_speculation,      // it inserts a row that was not there when it looked as if nobody else could be faster
+    no_target_lock,      // it does not hold a row of dest that is right already
     new_key_only,        // a key that a row has lost is not looked at again, though another row may have it
 };
 
@@ -26,5 +30,15 @@ enum Name {
 constexpr bool is_mutant(mutant::Name name) {
     return name == mutant::MIGRATE_MUTANT;
 }
+
+// A build for tests, `make MIGRATE_PATH=spi`, in which every dual write goes through SQL: both paths must pass the
+// tests of the protocol.
+enum class Path { any, spi };
+
+#ifndef MIGRATE_PATH
+#define MIGRATE_PATH any
+#endif
+
+constexpr bool kOnlySql = Path::MIGRATE_PATH == Path::spi;
 
 }  // namespace migrate

@@ -59,6 +59,18 @@ auto with_user(Oid user, int sec_flags, Fn fn) -> decltype(fn()) {
     }
 }
 
+// The same without any setting: for what neither looks up a name nor reads a setting.
+template <class Fn>
+void with_bare_user(Oid user, int sec_flags, Fn fn) {
+    static_assert(kSafeToSkip<Fn> && std::is_void_v<decltype(fn())>, "an error would skip a destructor");
+    Oid saved_user;
+    int saved_context;
+    GetUserIdAndSecContext(&saved_user, &saved_context);
+    SetUserIdAndSecContext(user, saved_context | sec_flags);
+    fn();
+    SetUserIdAndSecContext(saved_user, saved_context);
+}
+
 // How an error of the step is undone before it is given back.
 enum class Undo { kSubtransaction, kTransaction };
 

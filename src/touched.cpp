@@ -33,11 +33,13 @@ void merge_level(Touched *touched, int nest_level) {
     merge_level(&touched->remove, nest_level);
 }
 
-void append_key(KeyList *list, const Mapping *mapping, const Datum *values, MemoryContext context) {
+void append_key(KeyList *list, const Mapping *mapping, const Datum *values, const ItemPointerData *place,
+                MemoryContext context) {
     MemoryContext old = MemoryContextSwitchTo(context);
     if (list->n == list->capacity) {
         list->capacity = Max(8, list->capacity * 2);
         list->nest_levels = (int *)grow(list->nest_levels, sizeof(int) * list->capacity);
+        list->places = (ItemPointerData *)grow(list->places, sizeof(ItemPointerData) * list->capacity);
         for (int i = 0; i < mapping->nparams; i++)
             list->columns[i] = (Datum *)grow(list->columns[i], sizeof(Datum) * list->capacity);
     }
@@ -48,8 +50,16 @@ void append_key(KeyList *list, const Mapping *mapping, const Datum *values, Memo
         const Datum value = length == -1 ? PointerGetDatum(PG_DETOAST_DATUM(values[i])) : values[i];
         list->columns[i][list->n] = datumCopy(value, by_value, length);
     }
+    if (place)
+        list->places[list->n] = *place;
+    else
+        ItemPointerSetInvalid(&list->places[list->n]);
     list->nest_levels[list->n++] = GetCurrentTransactionNestLevel();
     MemoryContextSwitchTo(old);
+}
+
+void forget_places(KeyList *list) {
+    for (int i = 0; i < list->n; i++) ItemPointerSetInvalid(&list->places[i]);
 }
 
 KeyList copy_keys(const KeyList &list, const Mapping *mapping) {
@@ -57,6 +67,10 @@ KeyList copy_keys(const KeyList &list, const Mapping *mapping) {
     for (int i = 0; i < mapping->nparams && list.n > 0; i++) {
         copy.columns[i] = (Datum *)palloc(sizeof(Datum) * list.n);
         memcpy(copy.columns[i], list.columns[i], sizeof(Datum) * list.n);
+    }
+    if (list.n > 0) {
+        copy.places = (ItemPointerData *)palloc(sizeof(ItemPointerData) * list.n);
+        memcpy(copy.places, list.places, sizeof(ItemPointerData) * list.n);
     }
     return copy;
 }

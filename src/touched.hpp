@@ -9,7 +9,8 @@ namespace migrate {
 struct KeyList {
     int n;
     int capacity;
-    int *nest_levels;  // of the (sub)transaction that touched each key; they never fall along the list
+    int *nest_levels;         // of the (sub)transaction that touched each key; they never fall along the list
+    ItemPointerData *places;  // where origin's row with each key was written; invalid where it is not known
     Datum *columns[INDEX_MAX_KEYS];
 };
 
@@ -17,11 +18,16 @@ struct Touched {
     KeyList upsert;     // keys that origin has, or had, after a write
     KeyList remove;     // keys that a write may have taken away
     int trigger_depth;  // of the outermost statement that touched one of them
+    bool left_over;     // a statement has ended without their being applied: origin may have new storage since
     MemoryContext context;
 };
 
-// Appends the key that `values` holds (mapping->nparams of them).
-void append_key(KeyList *list, const Mapping *mapping, const Datum *values, MemoryContext context);
+// Appends the key that `values` holds (mapping->nparams of them). place: of the row that has it now, or NULL.
+void append_key(KeyList *list, const Mapping *mapping, const Datum *values, const ItemPointerData *place,
+                MemoryContext context);
+
+// No longer says where rows are.
+void forget_places(KeyList *list);
 
 // The outermost (sub)transaction that touched one of the keys; there must be one.
 int outermost_level(const Touched &touched);

@@ -19,10 +19,13 @@ CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS $$
         SELECT 'queued' AS kind, key FROM migrate._requeue UNION ALL SELECT 'failed with ' || sqlstate, key FROM migrate._failure) x
 $$;
 
+CREATE FUNCTION no_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+
 -- Dual writes are on, nothing is copied. A migration that was never switched is used again by the next permutation.
-CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY') RETURNS void LANGUAGE plpgsql AS $$
+-- path: sql: a trigger of the target keeps everything to SQL.
+CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
-    IF obj_description(to_regclass('src')) = key_definition THEN
+    IF obj_description(to_regclass('src')) = concat_ws(' ', key_definition, path) THEN
         TRUNCATE src;
         INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
         TRUNCATE dst;
@@ -30,8 +33,11 @@ BEGIN
     END IF;
     PERFORM remove();
     EXECUTE format('CREATE TABLE src (id int %s, v text)', key_definition);
-    EXECUTE format('COMMENT ON TABLE src IS %L', key_definition);
+    EXECUTE format('COMMENT ON TABLE src IS %L', concat_ws(' ', key_definition, path));
     CREATE TABLE dst (key int PRIMARY KEY, value text, note text);
+    IF path = 'sql' THEN
+        CREATE TRIGGER no_change AFTER INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION no_change();
+    END IF;
     INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
     PERFORM migrate.define('race', source => 'src', target => 'dst', mapping => 'id AS key, v AS value', on_target_delete => 'delete');
     PERFORM migrate.add_view('race', 'served');
@@ -127,7 +133,7 @@ END $$;
 \else
 
 CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS 'SELECT NULL';
-CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY') RETURNS void LANGUAGE plpgsql AS $$
+CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE format('CREATE TABLE src (id int %s, v text, note text)', key_definition);
     CREATE VIEW dst AS SELECT id AS key, v AS value, note FROM src;

@@ -62,6 +62,8 @@ my @windows = (
 	[ 'start: phase moved', 'planned', $start, 'ready', @source_writes ],
 	[ 'ranges: ledger written', 'planned', 'worker', 'ready', @source_writes ],
 	[ 'batch: bound known', 'planned', 'worker', 'ready', @source_writes ],
+	[ 'batch: snapshot taken', 'planned', 'worker', 'ready', @source_writes ],
+	[ 'batch: slice written', 'planned', 'worker', 'ready', @source_writes ],
 	[ 'batch: rows written', 'planned', 'worker', 'ready', @source_writes ],
 	[ 'batch: checkpoint written', 'planned', 'worker', 'ready', @source_writes ],
 	[ 'backfill: figures written', 'planned', 'worker', 'ready', @source_writes ],
@@ -82,7 +84,8 @@ sub try_window
 	my ($point, $from, $run, $to, @writes) = @_;
 	my $what = $from eq 'cut_over' ? "$point (rollback)" : $point;
 	my $by_worker = $run eq 'worker';
-	my ($failed, $error) = run_sql($node, end_life($life) . bring($life, $from, 0)
+	# A foreign key of the target keeps the batches to SQL.
+	my ($failed, $error) = run_sql($node, end_life($life) . bring($life, $from, $point eq 'batch: bound known')
 		. ($by_worker ? arm_workers($node, "$point wait") : ''));
 	is($failed, 0, "$what: prepared") or diag($error);
 	my $holder = background($node);
@@ -93,9 +96,10 @@ sub try_window
 	# A reader whose snapshot is taken within it, and who looks again when it is closed.
 	my $reader = background($node);
 	my $seen = $reader->query_safe("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM users");
-	# And one who has locked rows of the batch, and keeps them until the batch has passed them by.
+	# And one who has locked rows of the batch, and keeps them until the batch has passed them by, or has copied them.
 	my $locker = background($node);
-	$locker->query_safe('BEGIN; SELECT id FROM users WHERE id IN (6, 36) FOR UPDATE') if $point eq 'batch: bound known';
+	my $before_rows = $point =~ /^batch: (bound known|snapshot taken)/;
+	$locker->query_safe('BEGIN; SELECT id FROM users WHERE id IN (6, 36) FOR UPDATE') if $before_rows;
 	my @begun = map { begin("SET application_name = 'writer'; $_;", 'app') } @writes;
 	wait_for($node, "$what: the writers are done or wait", <<'SQL');
 SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'app' AND (application_name <> 'writer' OR wait_event_type IS DISTINCT FROM 'Lock'))
@@ -103,8 +107,8 @@ SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE usename = 'app' AND (appli
 SQL
 	$holder->query_safe('SELECT pg_advisory_unlock(7104)');
 	$holder->quit;
-	wait_for($node, "$what: the batch is done", "SELECT bool_and(checkpoint IS NOT NULL OR done) FROM migrate._range") if $point eq 'batch: bound known';
-	$locker->query_safe('ROLLBACK') if $point eq 'batch: bound known';
+	wait_for($node, "$what: the batch is done", "SELECT bool_and(checkpoint IS NOT NULL OR done) FROM migrate._range") if $before_rows;
+	$locker->query_safe('ROLLBACK') if $before_rows;
 	$locker->quit;
 	end($begun[$_], "$what: write $_ is done") for 0 .. $#begun;
 	end($runner, "$what: what was held is done");

@@ -1,0 +1,154 @@
+#include "direct_path.hpp"
+#include "mutant.hpp"
+#include "projection.hpp"
+
+MIGRATE_FUNCTION(migrate_path)
+
+namespace migrate {
+namespace {
+
+bool is_key(const Mapping *m, AttrNumber KeyColumn::*column, AttrNumber attnum) {
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].*column == attnum) return true;
+    return false;
+}
+
+bool is_plain_heap(Relation r) {
+    return r->rd_rel->relkind == RELKIND_RELATION && r->rd_rel->relam == HEAP_TABLE_AM_OID &&
+           r->rd_rel->relpersistence == RELPERSISTENCE_PERMANENT && !r->rd_rel->relispartition &&
+           !r->rd_rel->relhassubclass && r->rd_rules == NULL && !IsCatalogRelation(r);
+}
+
+const char *why_not_mapping(const Mapping *m) {
+    if (kOnlySql) return "this build has no other way";
+    if (m->partial) return "the target has NOT NULL columns that the mapping does not fill";
+    if (m->ambiguous) return "the key of the source is deferrable";
+    if (m->nshared > 0) return "other flows write to the target";
+    if (m->nparams < m->nkey) return "the key has a constant";
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].origin_type != m->key[i].dest_type) return "a key column changes its type";
+    return NULL;
+}
+
+// A trigger of a foreign key, or one of ours, is queued and fired as the executor does; any other might do anything.
+const char *why_not_triggers(Relation dest) {
+    const TriggerDesc *triggers = dest->trigdesc;
+    for (int i = 0; triggers && i < triggers->numtriggers; i++) {
+        const Trigger *t = &triggers->triggers[i];
+        if (t->tgenabled == TRIGGER_DISABLED || is_dual_write_trigger(t)) continue;
+        if (t->tgisinternal && RI_FKey_trigger_type(t->tgfoid) != RI_TRIGGER_NONE) continue;
+        return t->tgisinternal ? psprintf("\"%s\" has a deferrable constraint", RelationGetRelationName(dest))
+                               : psprintf("\"%s\" has the trigger \"%s\"", RelationGetRelationName(dest), t->tgname);
+    }
+    return NULL;
+}
+
+const char *why_not_indexes(Relation dest) {
+    const char *why_not = NULL;
+    ListCell *cell;
+    foreach (cell, RelationGetIndexList(dest)) {
+        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+        if (index->rd_index->indisexclusion || (index->rd_index->indisunique && !index->rd_index->indimmediate))
+            why_not = psprintf("\"%s\" has an exclusion or deferrable constraint", RelationGetRelationName(dest));
+        index_close(index, NoLock);
+    }
+    return why_not;
+}
+
+const char *why_not_key(const Mapping *m, Relation origin, Relation dest) {
+    if (find_key_indexes(m, origin, &KeyColumn::origin) == NIL)
+        return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(origin));
+    if (find_key_indexes(m, dest, &KeyColumn::dest) == NIL)
+        return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(dest));
+    for (int i = 0; i < m->nkey; i++)
+        if (!TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1)->attnotnull)
+            return psprintf("a key column of \"%s\" may be NULL", RelationGetRelationName(dest));
+    return NULL;
+}
+
+Oid owner_of(Oid relid) {
+    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for relation %u", relid);
+    const Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
+    ReleaseSysCache(tuple);
+    return owner;
+}
+
+// A query checks rights by statement; here they are looked at when the path is chosen. A revocation from dest's owner
+// changes dest, and so makes the choice anew: then the query raises its own error. The rights of dest's owner that only
+// a group gave him, and has taken since, are the exception: as the owner he may grant them to himself again any time.
+const char *why_not_rights(const Mapping *m, Relation origin, Relation dest) {
+    constexpr AclMode kNeeded = ACL_SELECT | ACL_INSERT | ACL_UPDATE | ACL_DELETE;
+    const Oid owner = m->dest_owner, reader = owner_of(m->view);
+    if (dest->rd_rel->relowner != owner) return "the owner of the target is just changing";
+    if (pg_class_aclmask(RelationGetRelid(dest), owner, kNeeded, ACLMASK_ALL) != kNeeded ||
+        pg_class_aclcheck(m->view, owner, ACL_SELECT) != ACLCHECK_OK ||
+        !may_use_schema(RelationGetNamespace(dest), owner) || !may_use_schema(get_rel_namespace(m->view), owner))
+        return "the owner of the target lacks rights";
+    if (pg_class_aclcheck(RelationGetRelid(origin), reader, ACL_SELECT) != ACLCHECK_OK) return "the view lacks rights";
+    if (dest->rd_rel->relforcerowsecurity || (origin->rd_rel->relrowsecurity && !superuser_arg(reader)))
+        return "row level security is forced";
+    return NULL;
+}
+
+}  // namespace
+
+bool is_dual_write_trigger(const Trigger *t) {
+    static const char *const kFunctions[] = {"_dual_write_row", "_dual_write_flush", "_dual_write_truncate"};
+    const Oid schema = get_func_namespace(t->tgfoid);
+    if (schema != get_namespace_oid("migrate", true)) return false;
+    const char *name = get_func_name(t->tgfoid);
+    for (const char *function : kFunctions)
+        if (name && strcmp(name, function) == 0) return true;
+    return false;
+}
+
+List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column) {
+    List *found = NIL;
+    ListCell *cell;
+    foreach (cell, RelationGetIndexList(relation)) {
+        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+        const Form_pg_index form = index->rd_index;
+        bool fits = form->indisunique && form->indimmediate && form->indisvalid && form->indnkeyatts == m->nkey &&
+                    index->rd_rel->relam == BTREE_AM_OID && RelationGetIndexPredicate(index) == NIL;
+        for (int i = 0; i < form->indnkeyatts && fits; i++) fits = is_key(m, column, form->indkey.values[i]);
+        if (fits) found = lappend_oid(found, RelationGetRelid(index));
+        index_close(index, NoLock);
+    }
+    return found;
+}
+
+const char *why_not_direct(const Mapping *m, Relation origin, Relation dest) {
+    const char *why_not = why_not_mapping(m);
+    if (why_not) return why_not;
+    const Relation both[] = {origin, dest};
+    for (Relation r : both)
+        if (!is_plain_heap(r)) return psprintf("\"%s\" is no plain table", RelationGetRelationName(r));
+    if ((why_not = why_not_triggers(dest)) || (why_not = why_not_indexes(dest)) ||
+        (why_not = why_not_key(m, origin, dest)) || (why_not = why_not_rights(m, origin, dest)))
+        return why_not;
+    (void)make_projection(m, origin, dest, &why_not);
+    return why_not;
+}
+
+}  // namespace migrate
+
+using namespace migrate;
+
+// migrate._path(flow integer, direction text) RETURNS text: NULL where its dual writes are made without SQL, else why
+// not
+Datum migrate_path(PG_FUNCTION_ARGS) {
+    const bool reverse = strcmp(text_to_cstring(PG_GETARG_TEXT_PP(1)), "reverse") == 0;
+    MemoryContext result = CurrentMemoryContext;
+    const char *why_not = with_spi([&]() -> const char * {
+        Mapping *m = load_mapping(PG_GETARG_INT32(0), reverse, Lifetime::kCall);
+        if (m == NULL) return NULL;
+        Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, AccessShareLock);
+        const char *text = why_not_direct(m, origin, dest);
+        table_close(origin, NoLock);
+        table_close(dest, NoLock);
+        return text ? MemoryContextStrdup(result, text) : NULL;
+    });
+    if (why_not == NULL) PG_RETURN_NULL();
+    PG_RETURN_TEXT_P(cstring_to_text(why_not));
+}

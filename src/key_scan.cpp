@@ -1,0 +1,81 @@
+#include "key_scan.hpp"
+
+namespace migrate {
+namespace {
+
+const KeyColumn &column_of_key(const Mapping *m, int i) {
+    return m->key[m->params[i]];
+}
+
+// Whether the index's column i sorts as the key's column i is compared in SQL.
+bool sorts_as_key(const Mapping *m, Relation origin, Relation index, int i) {
+    const AttrNumber attnum = column_of_key(m, i).origin;
+    if (index->rd_index->indkey.values[i] != attnum || index->rd_indoption[i] != 0) return false;
+    const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(origin), attnum - 1);
+    return index->rd_opfamily[i] == lookup_type_cache(att->atttypid, TYPECACHE_BTREE_OPFAMILY)->btree_opf &&
+           index->rd_indcollation[i] == att->attcollation;
+}
+
+bool is_in_key_order(const Mapping *m, Relation origin, Relation index) {
+    const Form_pg_index form = index->rd_index;
+    if (index->rd_rel->relam != BTREE_AM_OID || !form->indisunique || !form->indimmediate || !form->indisvalid ||
+        !form->indisready || !form->indislive || form->indcheckxmin || form->indnkeyatts != m->nparams ||
+        RelationGetIndexPredicate(index) != NIL)
+        return false;
+    for (int i = 0; i < m->nparams; i++)
+        if (!sorts_as_key(m, origin, index, i)) return false;
+    return true;
+}
+
+}  // namespace
+
+Oid key_order_index(const Mapping *m, Relation origin) {
+    Oid found = InvalidOid;
+    List *indexes = RelationGetIndexList(origin);
+    ListCell *cell;
+    foreach (cell, indexes) {
+        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+        if (!OidIsValid(found) && is_in_key_order(m, origin, index)) found = RelationGetRelid(index);
+        index_close(index, AccessShareLock);
+    }
+    list_free(indexes);
+    return found;
+}
+
+// A condition on a row is a header that points to its members (access/skey.h).
+void compare_row(ScanKey condition, const Mapping *m, Relation index, StrategyNumber strategy, Datum key) {
+    Datum *texts;
+    bool *nulls;
+    int n;
+    deconstruct_array(DatumGetArrayTypeP(key), TEXTOID, -1, false, TYPALIGN_INT, &texts, &nulls, &n);
+    if (n != m->nparams)
+        ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("key has %d columns, not %d", n, m->nparams)));
+    ScanKey members = (ScanKey)palloc0(sizeof(ScanKeyData) * n);
+    for (int i = 0; i < n; i++) {
+        if (nulls[i]) ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("null in a key")));
+        Oid input, element;
+        getTypeInputInfo(column_of_key(m, i).origin_type, &input, &element);
+        const Datum value = OidInputFunctionCall(input, TextDatumGetCString(texts[i]), element, -1);
+        ScanKeyEntryInitialize(&members[i], SK_ROW_MEMBER | (i == n - 1 ? SK_ROW_END : 0), i + 1, strategy, InvalidOid,
+                               index->rd_indcollation[i], index_getprocid(index, i + 1, BTORDER_PROC), value);
+    }
+    memset(condition, 0, sizeof(ScanKeyData));
+    condition->sk_flags = SK_ROW_HEADER;
+    condition->sk_attno = 1;
+    condition->sk_strategy = strategy;
+    condition->sk_argument = PointerGetDatum(members);
+}
+
+void key_texts(const Mapping *m, TupleTableSlot *row, Datum *texts) {
+    for (int i = 0; i < m->nparams; i++) {
+        const KeyColumn &column = column_of_key(m, i);
+        Oid output;
+        bool is_varlena, isnull;
+        getTypeOutputInfo(column.origin_type, &output, &is_varlena);
+        const Datum value = slot_getattr(row, column.origin, &isnull);
+        if (isnull) elog(ERROR, "null in key column %d", column.origin);
+        texts[i] = CStringGetTextDatum(OidOutputFunctionCall(output, value));
+    }
+}
+
+}  // namespace migrate
