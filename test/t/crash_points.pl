@@ -82,13 +82,9 @@ my @reached_in = (
 	[ qr/^(start: |triggers: one armed)/ => qw(start) ],
 	[ qr/^triggers: one dropped/ => qw(cancel finalize) ],
 	[ qr/^worker: failure handled/ => qw(refused) ],
-<<<<<<< HEAD
-	[ qr/^(worker|ranges|batch|backfill|restore|validate): / => qw(run) ],
-=======
 	[ qr/^batch: (snapshot|slice)/ => qw(run_in_bulk) ],
 	[ qr/^batch: bound/ => qw(run_by_sql) ],
-	[ qr/^(worker|ranges|batch|backfill|validate): / => qw(run) ],
->>>>>>> copy
+	[ qr/^(worker|ranges|batch|backfill|restore|validate): / => qw(run) ],
 	[ qr/^shadow: / => qw(shadowed) ],
 	[ qr/^isolate: / => qw(refused) ],
 	[ qr/^requeue: refused/ => qw(locked_refused) ],
