@@ -31,24 +31,25 @@ my $node = crash_server('points');
 
 # What reaches a point. from: the phase it begins in; once: only in a migration that was never cut over; prepare: as superuser,
 # before the point is set; run: with the point set for this session, or (by => 'worker') for background workers; to: the phase
-# after, where it is another; empties: it takes all rows away; undo: so that it goes on; no_key: not with a foreign key between the two tables;
-# key: only with one, which keeps the batches to SQL.
+# after, where it is another; empties: it takes all rows away; undo: so that it goes on; no_key: not with a foreign key between the two tables.
 my $locked = 'BEGIN; SELECT FROM users WHERE id IN (5, 290) FOR UPDATE; PREPARE TRANSACTION $$locker$$;';
 my $unlock = q{DO $$ BEGIN
     FOR i IN 1 .. 3000 LOOP EXIT WHEN EXISTS (SELECT FROM migrate._requeue WHERE key = '{290}'); PERFORM pg_sleep(0.01); END LOOP; END $$;
     COMMIT PREPARED 'locker';};
 my $start = "SELECT migrate.start('m');";
+# A foreign key that is not set aside keeps the batches to SQL.
+my $by_sql = "SELECT migrate.set('m', 'defer_indexes', 'off');";
 my %situation = (
 	start        => { from => 'planned', to => 'dual_writing', run => $start },
 	run          => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker' },
 	shadowed     => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker',
 		prepare => "SELECT migrate.set('m', 'shadow_rate', '0.5'); SELECT migrate.set('m', 'shadow_time', '200 ms');" },
-	run_in_bulk  => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker', no_key => 1 },
-	run_by_sql   => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker', key => 1 },
-	locked       => { from => 'planned', to => 'dual_writing', run => "$start $unlock", by => 'worker', prepare => $locked, key => 1 },
+	run_in_bulk  => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker' },
+	run_by_sql   => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker', prepare => $by_sql },
+	locked       => { from => 'planned', to => 'dual_writing', run => "$start $unlock", by => 'worker', prepare => $by_sql . $locked },
 	refused      => { from => 'planned', to => 'dual_writing', run => $start, by => 'worker', prepare => "UPDATE users SET name = 'refused' WHERE id = 101;" },
-	locked_refused => { from => 'planned', to => 'dual_writing', run => "$start $unlock", by => 'worker', key => 1,
-		prepare => "UPDATE users SET name = 'refused' WHERE id = 290; $locked" },
+	locked_refused => { from => 'planned', to => 'dual_writing', run => "$start $unlock", by => 'worker',
+		prepare => "$by_sql UPDATE users SET name = 'refused' WHERE id = 290; $locked" },
 	failure      => { from => 'ready', run => "UPDATE users SET name = 'refused' WHERE id = 7;", by => 'worker' },
 	mended       => { from => 'ready', by => 'worker',
 		run => "BEGIN; UPDATE users SET name = 'refused' WHERE id = 7; UPDATE users SET name = 'mended' WHERE id = 7; COMMIT" },
@@ -146,7 +147,7 @@ sub run_trial
 	$setting .= " $t->{arrival}" if $t->{arrival} > 1;
 	$t->{name} = "$t->{in}, $setting";
 	my $by_worker = ($t->{by} // '') eq 'worker';
-	my $references = $t->{key} || !$t->{no_key} && rand() < 0.5;
+	my $references = !$t->{no_key} && rand() < 0.5;
 	my $sql = ($t->{anew} ? bring($life, 'planned', $references) : '') . bring($life, $t->{from}, $references) . ($t->{prepare} // '') . "\n";
 	$sql .= $by_worker ? arm_workers($node, $setting) : arm_session($setting);
 	my $log = log_position($node);
@@ -166,7 +167,7 @@ sub distance
 {
 	my ($t) = @_;
 	my $here = $life->{phase};
-	my $fits = !($t->{once} && $life->{cutovers}) && !($t->{no_key} && $life->{references}) && !($t->{key} && !$life->{references});
+	my $fits = !($t->{once} && $life->{cutovers}) && !($t->{no_key} && $life->{references});
 	return 9 if !$fits || $here =~ /^(none|finalized|cancelled)$/ && $here ne $t->{from};
 	return $t->{ends} ? 3 : $t->{once} ? 0 : 1 if $here eq $t->{from};
 	return 2 if $here eq 'planned' && $t->{from} eq 'ready' || "$here $t->{from}" =~ /^(ready cut_over|cut_over ready)$/ && !$t->{ends} && !$t->{once};
