@@ -89,9 +89,10 @@ CREATE FUNCTION migrate._start(caller regrole, name text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
-    deadline timestamptz := clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0);
+    deadline timestamptz;
     whole record;
     less record;
+    in_the_way text;
 BEGIN
     IF m.phase IN ('cancelled', 'finalized') THEN
         PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, m.phase), '', format('To run it again: SELECT migrate.drop(%L); and define it anew.', m.name));
@@ -103,10 +104,10 @@ BEGIN
     BEGIN  -- undone, so that no lock of what is read here stays
         PERFORM migrate._preflight_errors(m.id);
         SELECT * INTO whole FROM migrate._start_locks(m, true);
-        SELECT * INTO less FROM migrate._start_locks(m, false);
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
+    deadline := clock_timestamp() + make_interval(secs => migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0);
     -- To take a foreign key off, readers of the referenced table must be out of it for a moment. Where one stays, the key stays too.
     BEGIN
         PERFORM migrate._under_locks(m, caller, 'start', whole.relations, whole.modes, format('SELECT migrate._arm(%s, %L, true)', m.id, caller),
@@ -115,7 +116,13 @@ BEGIN
         IF NOT whole.has_keys THEN
             RAISE;
         END IF;
-        PERFORM migrate._event(m, caller, 'not set aside', format('the foreign keys of the target: %s', SQLERRM));
+        GET STACKED DIAGNOSTICS in_the_way = PG_EXCEPTION_DETAIL;
+        PERFORM migrate._event(m, caller, 'not set aside', 'the foreign keys of the target: ' || coalesce(nullif(in_the_way, ''), SQLERRM));
+        BEGIN
+            SELECT * INTO less FROM migrate._start_locks(m, false);
+            PERFORM migrate._undo();
+        EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
+        END;
         PERFORM migrate._under_locks(m, caller, 'start', less.relations, less.modes, format('SELECT migrate._arm(%s, %L, false)', m.id, caller), deadline);
     END;
     UPDATE migrate._migration x SET started_at = clock_timestamp() WHERE x.id = m.id;

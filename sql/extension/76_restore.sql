@@ -8,7 +8,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     d migrate._deferred;
 BEGIN
-    IF m.throttled_reason IS NOT NULL THEN
+    IF m.phase = 'backfilling' AND m.throttled_reason IS NOT NULL THEN
         RETURN migrate._wait_job(m, j.worker, 500);
     END IF;
     SELECT * INTO d FROM migrate._still_deferred(m.id) x ORDER BY x.kind DESC, x.flow, x.ordinal LIMIT 1;

@@ -119,6 +119,7 @@ CREATE FUNCTION migrate._wait_look(caller regrole, name text, to_phase text, utf
 LANGUAGE plpgsql AS $$
 DECLARE
     p migrate._progress;
+    held_up boolean;
     phases text[] := '{planned,dual_writing,backfilling,validating,shadowing,ready,cut_over,finalized}';
 BEGIN
     IF to_phase <> ALL (phases) THEN
@@ -132,11 +133,15 @@ BEGIN
     SELECT m.xmin INTO changed_by FROM migrate._migration m WHERE m.id = p.id;
     phase := p.phase;
     reached := coalesce(array_position(phases, p.phase) >= array_position(phases, to_phase), false);
-    never := NOT reached AND (p.phase IN ('planned', 'cancelled') OR p.state = 'failed');
+    -- A wait that ends its transaction between two looks is in nobody's way for so long.
+    held_up := p.note ~ (' for PID ' || pg_backend_pid() || '$') AND clock_timestamp() - now() > interval '3 s';
+    never := NOT reached AND (p.phase IN ('planned', 'cancelled') OR p.state = 'failed' OR coalesce(held_up, false));
     reason := CASE WHEN p.phase = 'planned' THEN 'It is not started.' WHEN p.phase = 'cancelled' THEN 'It is cancelled.'
-                   WHEN p.state = 'failed' THEN format('It failed in phase %s: %s', p.phase, p.failed_reason) ELSE '' END;
+                   WHEN p.state = 'failed' THEN format('It failed in phase %s: %s', p.phase, p.failed_reason)
+                   WHEN held_up THEN 'An index is being built, which waits until this transaction ends.' ELSE '' END;
     hint := CASE WHEN p.phase = 'planned' THEN format('SELECT migrate.start(%L);', p.name)
-                 WHEN p.state = 'failed' THEN format('SELECT migrate.retry(%L); goes on after the cause is gone.', p.name) END;
+                 WHEN p.state = 'failed' THEN format('SELECT migrate.retry(%L); goes on after the cause is gone.', p.name)
+                 WHEN held_up THEN format('CALL migrate.wait(%L); outside of a transaction block.', p.name) END;
     worker_missing := NOT reached AND NOT never AND p.workers IS NULL AND p.state IN ('waiting', 'throttled');
     state := concat_ws(' ', p.phase, p.state, CASE WHEN p.throttled_since IS NOT NULL THEN 'throttled' END);
     line := migrate._progress_line(p, utf8);

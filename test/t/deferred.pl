@@ -133,6 +133,14 @@ subtest 'pause, resume and cancel while an index is built, under load' => sub {
 	$node->safe_psql('postgres', "SELECT migrate.drop('$m')");
 };
 
+subtest 'wait in a transaction block, for which the index waits' => sub {
+	define_users($node);
+	$node->safe_psql('postgres', "SELECT migrate.start('$m')");
+	like(error_of($node, "BEGIN; SELECT 1; CALL migrate.wait('$m', timeout => '60 s')"), qr/55000.*waits until this transaction ends.*outside of a transaction block/s, 'it says so');
+	is(error_of($node, "CALL migrate.wait('$m', timeout => '170 s')"), '', 'ready');
+	$node->safe_psql('postgres', "SELECT migrate.cancel('$m'); SELECT migrate.drop('$m')");
+};
+
 subtest 'the whole way under load' => sub {
 	define_users($node);
 	$node->safe_psql('postgres', "SELECT migrate.start('$m')");
@@ -154,7 +162,7 @@ subtest 'a long reader of the source keeps its foreign key, and nobody from star
 	$reader->query_safe('BEGIN; SELECT count(*) FROM users WHERE id < 10;');
 	is(error_of($node, "SELECT migrate.start('$m')"), '', 'start');
 	is($node->safe_psql('postgres', "SELECT string_agg(name, ',') FROM migrate._deferred WHERE kind = 'foreign_key'"), '', 'the foreign key stays');
-	like($node->safe_psql('postgres', "SELECT why FROM migrate.events WHERE kind = 'not set aside'"), qr/^the foreign keys of the target: /, 'an event says so');
+	like($node->safe_psql('postgres', "SELECT why FROM migrate.events WHERE kind = 'not set aside'"), qr/^the foreign keys of the target: .*PID \d+ .* holds ACCESS SHARE on (public\.)?users/s, 'an event says so, and who was in the way');
 	is($node->safe_psql('postgres', 'SELECT count(*) FROM migrate._deferred'), 2, 'the indexes are set aside');
 	$reader->query_safe('COMMIT');
 	$reader->quit;
