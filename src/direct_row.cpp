@@ -35,10 +35,15 @@ void make_lookup(KeyLookup *lookup, const Mapping *m, Oid index_id, AttrNumber K
     index_close(index, NoLock);
 }
 
-bool look_up(IndexScanDesc scan, KeyLookup *lookup, int nkey, const Datum *key, TupleTableSlot *slot) {
+// A scan keeps things in the memory that it runs in.
+bool look_up(RowWriter *w, IndexScanDesc scan, KeyLookup *lookup, const Datum *key, TupleTableSlot *slot) {
+    const int nkey = w->path->mapping->nkey;
+    MemoryContext old = MemoryContextSwitchTo(w->estate->es_query_cxt);
     for (int i = 0; i < nkey; i++) lookup->scan_keys[i].sk_argument = key[lookup->key[i]];
     index_rescan(scan, lookup->scan_keys, nkey, NULL, 0);
-    return index_getnext_slot(scan, ForwardScanDirection, slot);
+    const bool found = index_getnext_slot(scan, ForwardScanDirection, slot);
+    MemoryContextSwitchTo(old);
+    return found;
 }
 
 // Kept over the rows.
@@ -68,12 +73,11 @@ bool find_source(RowWriter *w, const Datum *key, ItemPointer place) {
         table_tuple_fetch_row_version(w->origin, place, SnapshotSelf, w->source_row) && has_key(w, key))
         return true;
     KeyLookup *lookup = &w->path->source;
-    const int nkey = w->path->mapping->nkey;
     if (w->source_scan == NULL) {
         w->source_index = index_open(lookup->index, AccessShareLock);
         w->source_scan = begin_scan(w, w->origin, w->source_index, SnapshotSelf);
     }
-    return look_up(w->source_scan, lookup, nkey, key, w->source_row);
+    return look_up(w, w->source_scan, lookup, key, w->source_row);
 }
 
 enum class Found { nothing, row, moving };
@@ -95,14 +99,13 @@ Found wait_for_writer(RowWriter *w) {
 // again.
 Found find_target(RowWriter *w, const Datum *key) {
     KeyLookup *lookup = &w->path->target;
-    const int nkey = w->path->mapping->nkey;
     if (w->target_scan == NULL) {
         w->target_index = index_open(lookup->index, AccessShareLock);
         w->target_scan = begin_scan(w, w->dest, w->target_index, &w->dirty);
     }
     if (kSeesOldTarget) w->target_scan->xs_snapshot = GetTransactionSnapshot();
     InitDirtySnapshot(w->dirty);
-    if (!look_up(w->target_scan, lookup, nkey, key, w->old_row)) return Found::nothing;
+    if (!look_up(w, w->target_scan, lookup, key, w->old_row)) return Found::nothing;
     return wait_for_writer(w);
 }
 
@@ -111,11 +114,9 @@ Found find_target(RowWriter *w, const Datum *key) {
 // next too early. A snapshot taken now shows either of them. (To an insertion, the index itself tells.)
 bool is_certainly_absent(RowWriter *w, const Datum *key) {
     CommandCounterIncrement();  // let it see what we have deleted
-    KeyLookup *lookup = &w->path->target;
-    const int nkey = w->path->mapping->nkey;
     Snapshot snapshot = RegisterSnapshot(GetLatestSnapshot());
-    IndexScanDesc scan = begin_index_scan(w->dest, w->target_index, snapshot, nkey);
-    const bool found = look_up(scan, lookup, nkey, key, w->old_row);
+    IndexScanDesc scan = begin_scan(w, w->dest, w->target_index, snapshot);
+    const bool found = look_up(w, scan, &w->path->target, key, w->old_row);
     ExecClearTuple(w->old_row);
     index_endscan(scan);
     UnregisterSnapshot(snapshot);
