@@ -33,6 +33,13 @@
    TURN_ROUND       reverse triggers are made in the transaction that makes the
                     target serve: _switch_sides in 73_cutover.sql
 
+   With P2 the batch is that of src/bulk_copy.cpp, which locks no row of the source, beside the dual writes of src/direct_row.cpp.
+   In ROW_LOCK's place:
+   SECOND_READ      what the batch has written it compares with the source as
+                    it is then: read_again in src/bulk_slice.cpp                        no_refetch
+   DIRTY            a dual write that has nothing to delete has looked for rows
+                    that are not committed: find_target in src/direct_row.cpp           direct_mvcc_lookup
+
    Process writer is the application with the triggers of src/dual_write.cpp; worker is src/worker.cpp with _run_copy and _run_requeue;
    dba is start, cutover and rollback; a lock is what PostgreSQL does to a row (or, for a key that is absent, to its index entry). */
 
@@ -100,9 +107,14 @@ inline change() {
 }
 
 /* The dual write of one key: removed where value is 0, else upserted. A DELETE does not wait for a row it cannot see. */
+#ifdef DIRTY
+#define unseen(k) (lock[dest + k] == NOBODY && row[dest + k] == 0)
+#else
+#define unseen(k) (lock[dest + k] != me && (row[dest + k] == 0 || stale && !(seen & (1 + k))))
+#endif
 inline carry(k, value) {
     if
-    :: atomic { !carried || value == 0 && lock[dest + k] != me && (row[dest + k] == 0 || stale && !(seen & (1 + k))) }
+    :: atomic { !carried || value == 0 && unseen(k) }
     :: atomic { else ->
            if
            :: free_for(me, dest + k) && !(stale && (snapshot[me] & bit(dest + k))) ->
@@ -177,8 +189,11 @@ proctype worker(byte me) {
     byte end, k;
     byte value[2];
     bool there[2], got[2], skipped[2];
+#ifdef P2
+    bool same[2];
+#endif
     do
-    /* a batch: its snapshot, its locks in the order of the keys, its writes, its commit */
+    /* a batch: its snapshot */
     :: atomic {
 #ifdef TRIGGERS_FIRST
            armed &&
@@ -194,6 +209,33 @@ proctype worker(byte me) {
 #ifndef ATOMIC
        if :: checkpoint = end :: skip fi;
 #endif
+#ifdef P2
+       /* its writes, which wait for nobody; its second look at the source; its commit, which ends the locks */
+       do
+       :: atomic { k < end ->
+              if
+              :: !there[k]
+              :: there[k] && lock[T + k] == NOBODY && row[T + k] == 0 -> lock[T + k] = WORKER; got[k] = true
+              :: there[k] && lock[T + k] == NOBODY && row[T + k] == value[k] -> same[k] = true
+              :: there[k] && (lock[T + k] != NOBODY || row[T + k] != 0 && row[T + k] != value[k]) -> skipped[k] = true
+              fi;
+              k++ }
+       :: k == end -> break
+       od;
+#ifdef SECOND_READ
+       k = 0;
+       do
+       :: atomic { k < end ->
+              if
+              :: (got[k] || same[k]) && (lock[S + k] != NOBODY || row[S + k] != value[k]) -> got[k] = false; skipped[k] = true
+              :: else
+              fi;
+              k++ }
+       :: k == end -> break
+       od;
+#endif
+#else
+       /* its locks in the order of the keys, its writes, its commit */
        do
        :: atomic { k < end ->
               if
@@ -215,6 +257,7 @@ proctype worker(byte me) {
        :: k < 2 && got[k] && lock[T + k] != NOBODY -> goto undo
        :: k == 2 -> break
        od;
+#endif
        if
        :: d_step {
               if :: got[0] -> row[T] = value[0] :: else fi;
@@ -273,6 +316,9 @@ proctype worker(byte me) {
        fi;
 undo:  atomic {
            share[0] = false; share[1] = false; got[0] = false; got[1] = false; skipped[0] = false; skipped[1] = false;
+#ifdef P2
+           same[0] = false; same[1] = false;
+#endif
            there[0] = false; there[1] = false; value[0] = 0; value[1] = 0; end = 0; k = 0;
            if :: lock[T] == WORKER -> lock[T] = NOBODY :: else fi;
            if :: lock[T + 1] == WORKER -> lock[T + 1] = NOBODY :: else fi
