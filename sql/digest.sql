@@ -102,6 +102,12 @@ SET max_parallel_workers_per_gather = 2;
 EXPLAIN (COSTS OFF) SELECT migrate.row_sum(i, v, n) FROM big;
 SELECT migrate.row_sum(b) = whole AS whole, migrate.row_sum(i, v, n) = named AS named FROM big b, serial GROUP BY whole, named;
 SELECT g, migrate.row_sum(i, v, n) = (SELECT migrate.row_sum(i, v, n ORDER BY i) FROM big c WHERE c.i % 3 = g) AS in_groups FROM (SELECT i % 3 AS g, * FROM big) b GROUP BY g ORDER BY g;
+-- whose settings are those of the session, and count as little there
+CREATE TABLE many_types AS SELECT i, ARRAY['é', md5(i::text)] AS a, jsonb_build_object('é', i) AS j, (current_user || '=r/' || current_user)::aclitem AS acl, now() AS at FROM generate_series(1, 2000) i;
+SET parallel_leader_participation = off; SET client_encoding = latin1; SET DateStyle = 'SQL, DMY';
+CREATE TABLE by_workers AS SELECT migrate.row_sum(m) AS sum FROM many_types m;
+SET max_parallel_workers_per_gather = 0; SET client_encoding = utf8; RESET DateStyle; RESET parallel_leader_participation;
+SELECT sum = (SELECT migrate.row_sum(m) FROM many_types m) AS same FROM by_workers;
 RESET parallel_setup_cost; RESET parallel_tuple_cost; RESET min_parallel_table_scan_size; RESET max_parallel_workers_per_gather;
 
 -- settings never count

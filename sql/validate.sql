@@ -93,6 +93,22 @@ BEGIN
     RETURN NEXT;
 END $$;
 SELECT t.* FROM damage d, try(d) t ORDER BY d.n;
+-- One scan of each side finds a range's end and its digests; where they are not equal, or there is more than a range should hold, it leaves it.
+CREATE FUNCTION ahead(low int, rows int) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.name = 'users');
+    c migrate._comparison;
+    a record;
+BEGIN
+    SELECT * INTO c FROM migrate._comparisons(m);
+    SELECT * INTO a FROM migrate._validate_ahead(c, migrate._validation_begin(m, 'ranges', rows, false), ARRAY[low::text], rows);
+    RETURN format('%s %s', a.done, a.high);
+END $$;
+BEGIN;
+SELECT ahead(0, 100) AS first, ahead(200, 1) AS one, ahead(1000, 500) AS to_the_end, ahead(1002, 500) AS beyond, ahead(2000, 10) AS nothing;
+SELECT plant(plant) FROM damage WHERE n IN (1, 11, 12) ORDER BY n;
+SELECT ahead(1000, 100) AS differs, ahead(190, 5) AS border, ahead(200, 1) AS extra, ahead(201, 100) AS equal, ahead(1990, 100) AS more;
+ROLLBACK;
 SELECT plant(plant) FROM damage WHERE n IN (1, 3, 8, 10, 13) ORDER BY n;
 SELECT * FROM validate('users');
 SELECT * FROM found('users');
