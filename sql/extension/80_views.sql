@@ -126,6 +126,9 @@ BEGIN
         PERFORM migrate._raise('22023', format('there is no phase "%s" to wait for', to_phase),
             format('The phases are %s.', array_to_string(phases, ', ')), format('CALL migrate.wait(%L);', name));
     END IF;
+    IF clock_timestamp() - now() > interval '1 s' THEN
+        PERFORM pg_stat_clear_snapshot();  -- within a transaction block, what a worker does would be as it was at the first look
+    END IF;
     SELECT * INTO p FROM migrate._progress x WHERE x.name = _wait_look.name;
     IF NOT FOUND OR NOT pg_has_role(caller, p.owner, 'MEMBER') THEN
         PERFORM migrate._raise('42704', format('migration "%s" does not exist', name), '', 'SELECT name, phase FROM migrate.migration; lists yours.');

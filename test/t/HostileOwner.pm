@@ -76,6 +76,7 @@ SQL
 my $each = <<'SQL';
 CREATE INDEX NAME_T ON T ((lair.spy(v, 'T index') || lair.spy('constant', 'T index constant')));
 CREATE INDEX ON T (v) WHERE lair.spy('constant', 'T predicate') = 'constant' AND lair.spy(v, 'T predicate') IS NOT NULL;
+CREATE INDEX ON T (d) WHERE array_length('{constant}'::T_text[], 1) IS NOT NULL;
 CREATE STATISTICS T_statistics ON (lair.spy(v, 'T statistics')), id FROM T;
 CREATE TRIGGER a BEFORE INSERT OR UPDATE ON T FOR EACH ROW EXECUTE FUNCTION tell('T before row');
 CREATE TRIGGER b AFTER INSERT OR UPDATE OR DELETE ON T FOR EACH ROW EXECUTE FUNCTION tell('T after row');
@@ -116,7 +117,7 @@ sub plant
 {
 	my ($node, $rows) = @_;
 	my %name = (NAME => quote($odd), LONG => quote($long));
-	my $sql = $functions . $tables . join '', map { my $text = $each; $text =~ s/\bT\b/$_/g; $text =~ s/\bT_statistics/${_}_statistics/; $text =~ s/NAME_T/quote("$odd $_")/e; $text } qw(s t);
+	my $sql = $functions . $tables . join '', map { my $text = $each; $text =~ s/\bT\b/$_/g; $text =~ s/\bT_(statistics|text)/${_}_$1/g; $text =~ s/NAME_T/quote("$odd $_")/e; $text } qw(s t);
 	$sql =~ s/\b(NAME|LONG)\b/$name{$1}/g;
 	$node->safe_psql('postgres', <<"SQL");
 CREATE ROLE mallory LOGIN;

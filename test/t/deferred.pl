@@ -135,8 +135,12 @@ subtest 'pause, resume and cancel while an index is built, under load' => sub {
 
 subtest 'wait in a transaction block, for which the index waits' => sub {
 	define_users($node);
-	$node->safe_psql('postgres', "SELECT migrate.start('$m')");
-	like(error_of($node, "BEGIN; SELECT 1; CALL migrate.wait('$m', timeout => '60 s')"), qr/55000.*waits until this transaction ends.*outside of a transaction block/s, 'it says so');
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	my $pid = $session->query('BEGIN; DECLARE c CURSOR FOR SELECT 1; SELECT pg_backend_pid();');
+	start_until_it_waits('postgres', $pid);
+	$session->query("CALL migrate.wait('$m', timeout => '60 s');");
+	like($session->{stderr}, qr/waits until this transaction ends.*CALL migrate\.wait\('$m'\); outside of a transaction block/s, 'it says so');
+	$session->quit;
 	is(error_of($node, "CALL migrate.wait('$m', timeout => '170 s')"), '', 'ready');
 	$node->safe_psql('postgres', "SELECT migrate.cancel('$m'); SELECT migrate.drop('$m')");
 };
