@@ -47,6 +47,11 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE WHEN value ~ '`' THEN '`` ' || migrate._plan_cell(value) || ' ``' ELSE '`' || migrate._plan_cell(value) || '`' END
 $$;
 
+CREATE FUNCTION migrate._plan_path(flow integer, direction text) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT coalesce('through SQL: ' || migrate._plan_cell(migrate._path(flow, direction)), 'directly, row by row without SQL') || '.'
+$$;
+
 CREATE FUNCTION migrate._plan_flow(f migrate._flow) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -68,11 +73,13 @@ BEGIN
                            WHEN a.atthasdef THEN 'its default' ELSE 'NULL' END)
         FROM pg_attribute a WHERE a.attrelid = f.target AND a.attnum > 0 AND NOT a.attisdropped AND a.attnum <> ALL (forward.columns) ORDER BY a.attnum);
     lines := lines || ARRAY['', CASE WHEN f.not_carried = '{}' THEN 'Every column of the source is carried.'
-        ELSE 'Not carried: ' || (SELECT string_agg(migrate._plan_code(quote_ident(c)), ', ' ORDER BY c) FROM unnest(f.not_carried) c) || '.' END, ''];
+        ELSE 'Not carried: ' || (SELECT string_agg(migrate._plan_code(quote_ident(c)), ', ' ORDER BY c) FROM unnest(f.not_carried) c) || '.' END, '',
+        '**Dual writes**: ' || migrate._plan_path(f.id, 'forward'), '',
+        '**Backfill**: ' || coalesce('by SQL, under row locks: ' || migrate._plan_cell(migrate._no_bulk_copy(f.id)), 'in bulk, without a lock on a row of the source') || '.', ''];
     lines := lines || CASE WHEN reverse.flow IS NULL THEN ARRAY['**Back**: nothing. Writes to the target after cutover are lost by a rollback.']
         ELSE ARRAY['**Back**, after cutover and until finalize: ' ||
             (SELECT string_agg(format('%s ← %s', migrate._plan_code(quote_ident(e.dest_column)), migrate._plan_code(e.expression)), ', ' ORDER BY e.ordinal)
-             FROM migrate._expressions(f.id, 'reverse') e) || '.'] END;
+             FROM migrate._expressions(f.id, 'reverse') e) || '.', '- dual writes back: ' || migrate._plan_path(f.id, 'reverse')] END;
     lines := lines || ARRAY(SELECT '- **not carried back**: ' || migrate._plan_cell(g) FROM unnest(f.reverse_gaps) g);
     lines := lines || ARRAY['- deleting a row of the target ' || CASE f.on_target_delete WHEN 'delete' THEN 'deletes its row of the source (on_target_delete = delete).'
         WHEN 'keep' THEN 'keeps its row of the source (on_target_delete = keep).' ELSE '**is not decided**: set on_target_delete before cutover.' END];

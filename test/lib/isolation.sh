@@ -37,7 +37,7 @@ compare_matrix() {
         if [ -n "$control" ] && ! (as_user timeout -k 10 300 "$tester" "host=$PGHOST port=$PGPORT user=postgres dbname=control" <"$spec") >"$control" 2>"$control.err"; then
             fail "matrix $name in the control"
             show "$control.err" 10
-        elif figures=$("$TREE/test/lib/compare_control" "$spec" "$out/results/$name.out" ${control:+"$control"} 2>&1); then
+        elif figures=$("$TREE/test/lib/compare_control" ${only_sql:+--sql} "$spec" "$out/results/$name.out" ${control:+"$control"} 2>&1); then
             pass "matrix $name, what the application sees: ${figures##*$'\n'}"
         else
             fail "matrix $name, what the application sees"
