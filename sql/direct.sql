@@ -147,6 +147,15 @@ GRANT UPDATE ON dst TO direct_owner;
 UPDATE src SET v = 'allowed' WHERE id = 1;
 SELECT way(), value FROM dst WHERE key = 1;
 
+-- Nothing of the mapping runs but as the target's owner: not even what is computed once, when the path is chosen or told.
+SELECT count(migrate.cancel(name)), count(migrate.drop(name)) FROM migrate.migration;
+CREATE FUNCTION seen(n int) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RAISE WARNING 'run as %', current_user; RETURN ''; END $$;
+SELECT migrate.define('seen', 'src', 'dst', 'id AS key, v || direct.seen(1) AS value');
+SELECT length(migrate.plan('seen')) > 0 AS told;
+SELECT arm();
+UPDATE src SET v = 'seen' WHERE id = 1;
+SELECT value FROM dst WHERE key = 1;
+
 SELECT count(migrate.cancel(name)), count(migrate.drop(name)) FROM migrate.migration;
 RESET search_path;
 DROP SCHEMA direct CASCADE;

@@ -186,7 +186,7 @@ bool bulk_copy(const Mapping *m, Batch *batch, MemoryContext result) {
     Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, RowExclusiveLock);
     bool done = false;
     (void)GetCurrentTransactionId();
-    if (try_lock_flow(m, RowExclusiveLock) && why_no_bulk_copy(m, origin, dest) == NULL) {
+    if (why_no_bulk_copy(m, origin, dest) == NULL && try_lock_flow(m, RowExclusiveLock)) {
         Copy c;
         begin_copy(&c, m, origin, dest, result);
         DEBUG_POINT("batch: snapshot taken");

@@ -18,6 +18,8 @@ struct DirectChoice {
 
 namespace {
 
+constexpr int kAsOwner = SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS;
+
 DirectChoice *choices = NULL;  // of all mappings that this backend has
 
 void relation_changed(Datum, Oid relid) {
@@ -70,14 +72,18 @@ RowPath *choose(Mapping *m, Relation origin, Relation dest) {
     DirectChoice *c = m->direct ? m->direct : new_choice(m);
     if (c->valid) return c->rows;
     MemoryContextReset(c->context);
-    MemoryContext old = MemoryContextSwitchTo(c->context);
     c->rows = NULL;  // after an error the query shall say what is wrong
     c->valid = true;
-    if (why_not_direct(m, origin, dest) == NULL) {
-        const char *why_not;
-        c->rows = make_row_path(m, origin, dest, make_projection(m, origin, dest, &why_not));
-    }
-    MemoryContextSwitchTo(old);
+    auto make = [&] {
+        const char *why_not = why_not_direct(m, origin, dest);
+        MemoryContext old = MemoryContextSwitchTo(c->context);
+        Projection *projection = why_not ? NULL : make_projection(m, origin, dest, &why_not);
+        if (projection) c->rows = make_row_path(m, origin, dest, projection);
+        MemoryContextSwitchTo(old);
+    };
+    begin_applying(m);
+    with_user(m->dest_owner, kAsOwner, make);
+    end_applying();
     return c->rows;
 }
 
@@ -112,7 +118,6 @@ void write_rows(RowPath *rows, Relation origin, Relation dest, const KeySlice &r
 // As dest's owner. The settings are pinned, and a snapshot is taken, only for functions that could look at them.
 void write_as_owner(RowPath *rows, Relation origin, Relation dest, const KeySlice &removed, const KeySlice &upserted) {
     const Mapping *m = rows->mapping;
-    constexpr int kFlags = SECURITY_LOCAL_USERID_CHANGE | SECURITY_NOFORCE_RLS;
     CommandCounterIncrement();  // the rows that an earlier part of the statement has written are to be updated
     auto write = [&] {
         begin_applying(m);
@@ -121,10 +126,10 @@ void write_as_owner(RowPath *rows, Relation origin, Relation dest, const KeySlic
     };
     if (rows->calls_functions) {
         PushActiveSnapshot(IsolationUsesXactSnapshot() ? GetLatestSnapshot() : GetTransactionSnapshot());
-        with_user(m->dest_owner, kFlags, write);
+        with_user(m->dest_owner, kAsOwner, write);
         PopActiveSnapshot();
     } else {
-        with_bare_user(m->dest_owner, kFlags, write);
+        with_bare_user(m->dest_owner, kAsOwner, write);
     }
     CommandCounterIncrement();
 }

@@ -127,8 +127,7 @@ const char *why_not_direct(const Mapping *m, Relation origin, Relation dest) {
     if ((why_not = why_not_triggers(dest)) || (why_not = why_not_indexes(dest)) ||
         (why_not = why_not_key(m, origin, dest)) || (why_not = why_not_rights(m, origin, dest)))
         return why_not;
-    (void)make_projection(m, origin, dest, &why_not);
-    return why_not;
+    return why_not_projected(m, origin, dest);
 }
 
 }  // namespace migrate

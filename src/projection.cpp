@@ -11,6 +11,7 @@ struct Builder {
     Relation dest;
     Projection *projection;
     const char *why_not;
+    bool planned;  // false: only to learn whether it can be done
 };
 
 bool is_function(Oid, void *) {
@@ -36,6 +37,7 @@ bool find_unreadable(Node *node, Builder *b) {
 
 Expr *plan(Builder *b, Node *expression) {
     if (find_unreadable(expression, b)) b->why_not = "the mapping reads system columns, whole rows or virtual columns";
+    if (!b->planned) return (Expr *)expression;
     Expr *planned = expression_planner((Expr *)expression);
     if (find_function((Node *)planned, NULL)) b->projection->calls_functions = true;
     return planned;
@@ -62,6 +64,7 @@ void add_column(Builder *b, int i, TargetEntry *entry) {
     Projection *p = b->projection;
     p->columns[i] = b->mapping->columns[i];
     Expr *expression = assigned(b, (Node *)entry->expr, p->columns[i]);
+    while (expression && IsA(expression, RelabelType)) expression = ((RelabelType *)expression)->arg;
     if (expression && IsA(expression, Var))
         p->bare[i] = ((Var *)expression)->varattno;
     else
@@ -131,6 +134,15 @@ void add_view(Builder *b, Query *query) {
     if (query->jointree->quals) p->filter_expressions = make_ands_implicit(plan(b, query->jointree->quals));
 }
 
+const char *build(const Mapping *m, Relation origin, Relation dest, Projection *p, bool planned) {
+    Builder builder = {m, origin, dest, p, NULL, planned};
+    Relation view = relation_open(m->view, AccessShareLock);
+    add_view(&builder, (Query *)copyObjectImpl(get_view_query(view)));
+    relation_close(view, AccessShareLock);
+    if (builder.why_not == NULL) add_unmapped(&builder);
+    return builder.why_not;
+}
+
 // Read-only, for the slot's values are looked at more than once.
 void put(Projection *p, ExprState *state, TupleTableSlot *slot, AttrNumber column) {
     const int i = column - 1;
@@ -141,16 +153,16 @@ void put(Projection *p, ExprState *state, TupleTableSlot *slot, AttrNumber colum
 
 }  // namespace
 
+const char *why_not_projected(const Mapping *m, Relation origin, Relation dest) {
+    Projection ignored = {};
+    return build(m, origin, dest, &ignored, false);
+}
+
 Projection *make_projection(const Mapping *m, Relation origin, Relation dest, const char **why_not) {
     Projection *p = (Projection *)palloc0(sizeof(Projection));
     p->context = CurrentMemoryContext;
-    Builder builder = {m, origin, dest, p, NULL};
-    Relation view = relation_open(m->view, AccessShareLock);
-    add_view(&builder, (Query *)copyObjectImpl(get_view_query(view)));
-    relation_close(view, AccessShareLock);
-    if (builder.why_not == NULL) add_unmapped(&builder);
-    *why_not = builder.why_not;
-    return builder.why_not ? NULL : p;
+    *why_not = build(m, origin, dest, p, true);
+    return *why_not ? NULL : p;
 }
 
 void begin_projection(Projection *p) {

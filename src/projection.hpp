@@ -27,8 +27,12 @@ struct Projection {
     ExprContext *row;
 };
 
+// NULL where a projection can be made; else why not: then a query must do. Runs nothing that a user has written.
+const char *why_not_projected(const Mapping *m, Relation origin, Relation dest);
+
 // In the current memory context, from then on without a lock or a pin: good until origin, dest, the view, or (where it
-// calls functions) a function or type changes. NULL, and *why_not, where it cannot be done: then a query must.
+// calls functions) a function or type changes. NULL, and *why_not, where it cannot be done.
+// To be called as the role that the expressions run as, for immutable functions of constants are run at once.
 Projection *make_projection(const Mapping *m, Relation origin, Relation dest, const char **why_not);
 
 // To be called, as the role that the expressions run as, before the rows of a statement: rights to execute functions

@@ -20,7 +20,7 @@ LANGUAGE C STRICT STABLE AS 'MODULE_PATHNAME', 'migrate_path';
 COMMENT ON FUNCTION migrate._path IS 'NULL where the dual writes are made row by row without SQL; else the first reason why not';
 
 CREATE FUNCTION migrate._no_bulk_copy(flow integer) RETURNS text
-LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_no_bulk_copy';
+LANGUAGE C STRICT STABLE AS 'MODULE_PATHNAME', 'migrate_no_bulk_copy';
 COMMENT ON FUNCTION migrate._no_bulk_copy IS 'NULL where the backfill copies without a lock on a row; else the first reason why not';
 
 -- The unique index of dest that upserts arbitrate on; NULL when it is gone.

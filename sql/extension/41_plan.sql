@@ -74,7 +74,8 @@ BEGIN
         FROM pg_attribute a WHERE a.attrelid = f.target AND a.attnum > 0 AND NOT a.attisdropped AND a.attnum <> ALL (forward.columns) ORDER BY a.attnum);
     lines := lines || ARRAY['', CASE WHEN f.not_carried = '{}' THEN 'Every column of the source is carried.'
         ELSE 'Not carried: ' || (SELECT string_agg(migrate._plan_code(quote_ident(c)), ', ' ORDER BY c) FROM unnest(f.not_carried) c) || '.' END, '',
-        '**Dual writes**: ' || migrate._plan_path(f.id, 'forward'), ''];
+        '**Dual writes**: ' || migrate._plan_path(f.id, 'forward'), '',
+        '**Backfill**: ' || coalesce('by SQL, under row locks: ' || migrate._plan_cell(migrate._no_bulk_copy(f.id)), 'in bulk, without a lock on a row of the source') || '.', ''];
     lines := lines || CASE WHEN reverse.flow IS NULL THEN ARRAY['**Back**: nothing. Writes to the target after cutover are lost by a rollback.']
         ELSE ARRAY['**Back**, after cutover and until finalize: ' ||
             (SELECT string_agg(format('%s ← %s', migrate._plan_code(quote_ident(e.dest_column)), migrate._plan_code(e.expression)), ', ' ORDER BY e.ordinal)

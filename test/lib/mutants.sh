@@ -51,7 +51,7 @@ run_only_sql() {
         return
     fi
     as_user cp "$T/tree_only_sql/test/isolation/expected_sql/"*.out "$T/tree_only_sql/test/isolation/expected/"
-    as_user rm "$T/tree_only_sql/test/isolation/specs/direct_path.spec"
+    as_user rm "$T/tree_only_sql/test/isolation/specs/"{direct_path,batch_and_retry}.spec
     only_sql=1 TREE=$T/tree_only_sql report_variant only_sql "${SQL_TESTS[@]}" >"$T/log/only_sql"
     if grep -q '^FAILED' "$T/log/only_sql" || ! grep -q '^ok' "$T/log/only_sql"; then fail "only SQL"; show "$T/log/only_sql"; else pass "only SQL"; fi
 }
