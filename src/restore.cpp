@@ -61,7 +61,11 @@ IndexStmt *parse_index(const Statement &s, IndexStmt *raw) {
         ereport(ERROR, (errcode(ERRCODE_LOCK_NOT_AVAILABLE),
                         errmsg("table with OID %u was renamed at this moment", s.relation)));
     raw->tableSpace = s.tablespace;
-    return with_user(s.role, SECURITY_RESTRICTED_OPERATION, [&] { return transformIndexStmt(s.relation, raw, s.sql); });
+    PushActiveSnapshot(GetTransactionSnapshot());
+    IndexStmt *parsed =
+        with_user(s.role, SECURITY_RESTRICTED_OPERATION, [&] { return transformIndexStmt(s.relation, raw, s.sql); });
+    PopActiveSnapshot();
+    return parsed;
 }
 
 void run_statement(const Statement &s, MemoryContext context) {
