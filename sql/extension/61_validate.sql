@@ -166,7 +166,6 @@ BEGIN
     END IF;
     IF NOT done THEN
         high := migrate._next_bound(c, last.high, range_rows);
-        -- @point validate: range bounded
         PERFORM migrate._validate_range(m, c, run_id, method, last.high, high);
     END IF;
     -- @point validate: range compared

@@ -92,7 +92,12 @@ sub execute
 	my $ok = ref $statement ? $self->copy($statement) : $db->do($statement);
 	$self->{count}{statements}++;
 	return 1 if $ok;
-	my %error = (state => $db->state, map { ($_ => $db->pg_error_field($_) // '') } 'message_primary', 'message_detail', 'context');
+	my %error = (state => $db->state);
+	for my $field ('message_primary', 'message_detail', 'context')
+	{
+		my $name = $field;    # pg_error_field() turns its argument's letters into capitals
+		$error{$field} = $db->pg_error_field($name) // '';
+	}
 	$self->{last} = $db->ping ? $error{state} : 'lost';
 	$self->judge(\%error, $kind, ref $statement ? $statement->{copy} : $statement) unless $self->{last} eq 'lost';
 	$self->{errors}{ $self->{last} }++;
