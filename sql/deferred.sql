@@ -87,6 +87,7 @@ SELECT name FROM looks ORDER BY name COLLATE "C";
 SELECT why FROM migrate.events WHERE kind = 'set aside' AND migration = 'd' ORDER BY id;
 SELECT message FROM migrate.preflight('d') WHERE "check" = 'deferred' ORDER BY message COLLATE "C" LIMIT 2;
 SELECT severity, "check", message FROM migrate.preflight('d') WHERE severity = 'error';
+CALL reaches($$ EXISTS (SELECT FROM migrate.migration WHERE name = 'd' AND phase = 'backfilling') $$);
 ALTER TABLE song RENAME TO melody;
 DELETE FROM melody WHERE id = 300;
 SELECT migrate.finalize('d');
