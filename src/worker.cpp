@@ -230,6 +230,12 @@ bool take_turn(Worker *w) {
     return !w->job.exit;
 }
 
+// What has set the latch before (a lock that was waited for, a message of the server's) does not cut the pause short.
+void rest(double ms) {
+    const TimestampTz until = GetCurrentTimestamp() + (TimestampTz)(ms * 1000);
+    for (; ms >= 1; ms = (double)(until - GetCurrentTimestamp()) / 1000) worker_sleep(ms);
+}
+
 // A helper without a leader has no business; the lock being free tells.
 bool leader_is_gone(const Worker &w) {
     if (w.start.worker == 0 || !try_lock(w, 0)) return false;
@@ -300,7 +306,7 @@ void run_worker(const WorkerStart &start) {
     while (take_turn(&w) && !leader_is_gone(w)) {
         pgstat_report_activity(STATE_IDLE, NULL);
         CHECK_FOR_INTERRUPTS();
-        if (w.job.wait_ms >= 1) worker_sleep(w.job.wait_ms);
+        if (w.job.wait_ms >= 1) rest(w.job.wait_ms);
         if (ConfigReloadPending) worker_sleep(0);
         MemoryContextReset(w.turn_context);
     }

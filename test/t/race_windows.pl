@@ -84,8 +84,9 @@ sub try_window
 	my ($point, $from, $run, $to, @writes) = @_;
 	my $what = $from eq 'cut_over' ? "$point (rollback)" : $point;
 	my $by_worker = $run eq 'worker';
-	# A foreign key of the target keeps the batches to SQL.
-	my ($failed, $error) = run_sql($node, end_life($life) . bring($life, $from, $point eq 'batch: bound known')
+	# A foreign key that is not set aside keeps the batches to SQL.
+	my $by_sql = $point eq 'batch: bound known' ? "SELECT migrate.set('m', 'defer_indexes', 'off');\n" : '';
+	my ($failed, $error) = run_sql($node, end_life($life) . bring($life, $from, $point eq 'batch: bound known') . $by_sql
 		. ($by_worker ? arm_workers($node, "$point wait") : ''));
 	is($failed, 0, "$what: prepared") or diag($error);
 	my $holder = background($node);
