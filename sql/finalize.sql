@@ -53,12 +53,12 @@ CREATE VIEW cities AS SELECT DISTINCT city FROM users;
 SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio,city}');
 \echo :LAST_ERROR_SQLSTATE
 SELECT phase FROM migrate.migration WHERE name = 'm';
-SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE 'MIGRATE%_row';
+SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE '!migrate%_row';
 DROP VIEW cities;
 SELECT migrate.set('m', 'rollback_window', '0');
 SELECT migrate.finalize('m', drop_columns => '{bio,city}');
 SELECT attname FROM pg_attribute WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attisdropped ORDER BY attnum;
-SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE 'MIGRATE%';
+SELECT count(*) FROM pg_trigger WHERE tgrelid IN ('users'::regclass, 'profiles'::regclass) AND tgname LIKE '!migrate%';
 SELECT count(*) FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN migrate._migration m ON m.id = f.migration WHERE m.name = 'm';
 SELECT migrate.finalize('m');
 SELECT migrate.finalize('m', drop_columns => '{name}');

@@ -58,23 +58,48 @@ void apply_plainly(Mapping *m, Write write, const KeyList &list, int from, int t
     });
 }
 
-// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection. And, where the application
-// writes both sides: that another transaction is writing dest's row. Were that recorded and retried, this transaction's
-// write of origin and the other's write of dest would both be acknowledged, and one of them lost.
-bool must_pass_on(const Mapping *m, const ErrorData *error) {
+// What a foreign key's check comes for next cannot wait for a worker.
+bool is_urgent(const Mapping *m, Write write) {
+    return write == Write::kUpsert ? m->insert_at_once : m->delete_at_once;
+}
+
+// Errors that mean the request itself is to end: a cancel, a shutdown, a lost connection. And conflicts with another
+// transaction, where the application writes both sides: were they recorded and retried, this transaction's write of
+// origin and the other's write of dest would both be acknowledged, and one of them lost. Or where the foreign key's
+// check would be refused next: of a conflict the application knows that it is to try again.
+bool must_pass_on(const Mapping *m, bool urgent, const ErrorData *error) {
     const int category = ERRCODE_TO_CATEGORY(error->sqlerrcode);
     return category == ERRCODE_OPERATOR_INTERVENTION ||
-           (m->both_directions &&
+           ((m->both_directions || urgent) &&
             (category == ERRCODE_TRANSACTION_ROLLBACK || error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE));
 }
 
-// best_effort: in one subtransaction; when that fails, in halves down to the row, as long as the transaction may still
-// use subtransactions. What cannot be applied is recorded, and a worker retries it.
+// Whether a failed write is kept from the statement, or tried again without what stood in its way: in a subtransaction. A
+// write that comes before the statement around it has ended meets rows that this one has taken away and dest still has.
+bool is_guarded(const Mapping *m, Write write) {
+    if (!(write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail)) return false;
+    return m->on_failure == OnFailure::kRecord ||
+           (write == Write::kUpsert && (m->insert_at_once || m->delete_at_once));
+}
+
+// Removes what stands in the way of one key's row; false where nothing did, or it may not be removed.
+bool clear_way(Mapping *m, const KeyList &list, int key, const ErrorData *error) {
+    if (error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION || !error->schema_name || !error->constraint_name) return false;
+    const Oid index = get_relname_relid(error->constraint_name, get_namespace_oid(error->schema_name, true));
+    if (!OidIsValid(index)) return false;
+    bool removed = false;
+    auto step = [&] { with_spi([&] { removed = remove_rivals(m, key_arrays(list, m, key, key + 1), index); }); };
+    subtransactions++;
+    return attempt(Undo::kSubtransaction, step) == NULL && removed;
+}
+
+// In one subtransaction; when that fails, in halves down to the row, as long as the transaction may still use
+// subtransactions. What cannot be applied is the statement's error (strict), or recorded (best_effort), and a worker
+// retries it.
 void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
                      const char *last_object) {
-    // What a foreign key's check comes for next cannot wait for a worker.
-    const bool urgent = write == Write::kUpsert ? m->insert_at_once : m->delete_at_once;
-    if (subtransactions >= subtransaction_limit && !urgent) {
+    const bool urgent = is_urgent(m, write);
+    if (subtransactions >= subtransaction_limit && !urgent && m->on_failure == OnFailure::kRecord) {
         record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
         return;
     }
@@ -85,12 +110,14 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
     };
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error == NULL) return;
-    if (must_pass_on(m, error)) ReThrowError(error);
+    if (must_pass_on(m, urgent, error)) ReThrowError(error);
     const char *state = pstrdup(unpack_sql_state(error->sqlerrcode));
     const char *object = error->constraint_name ? error->constraint_name : error->column_name;
     if (to - from == 1) {
-        record_failures(m, list, from, to, state, object);
-        return;
+        if (write == Write::kUpsert && clear_way(m, list, from, error))
+            return apply_or_record(m, write, list, from, to, state, object);
+        if (m->on_failure == OnFailure::kRaise) ReThrowError(error);
+        return record_failures(m, list, from, to, state, object);
     }
     const int middle = from + (to - from) / 2;
     apply_or_record(m, write, list, from, middle, state, object);
@@ -98,10 +125,10 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
 }
 
 bool needs_subtransaction(const Mapping *m) {
-    return m->on_failure == OnFailure::kRecord && (m->upsert_may_fail || m->delete_may_fail);
+    return is_guarded(m, Write::kUpsert) || is_guarded(m, Write::kRemove);
 }
 
-// All at once; false where that failed, and nothing is done. (strict: the error goes to the application.)
+// All at once; false where that failed, and nothing is done.
 bool replace(Mapping *m, const Touched &touched) {
     auto step = [&] {
         if (!apply_direct(m, {&touched.remove, 0, touched.remove.n}, {&touched.upsert, 0, touched.upsert.n}))
@@ -118,7 +145,7 @@ bool replace(Mapping *m, const Touched &touched) {
     if (subtransactions >= subtransaction_limit) return false;
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error && must_pass_on(m, error)) ReThrowError(error);
+    if (error && must_pass_on(m, false, error)) ReThrowError(error);
     return error == NULL;
 }
 
@@ -135,15 +162,14 @@ void launch_retry() {
 
 void apply_list(Mapping *m, Write write, const KeyList &list) {
     if (list.n == 0) return;
-    const bool may_fail = write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail;
-    if (may_fail && m->on_failure == OnFailure::kRecord)
+    if (is_guarded(m, write))
         apply_or_record(m, write, list, 0, list.n, NULL, NULL);
     else
         apply_plainly(m, write, list, 0, list.n);
 }
 
 bool is_exhausted(const Mapping *m) {
-    return needs_subtransaction(m) && subtransactions >= subtransaction_limit;
+    return m->on_failure == OnFailure::kRecord && needs_subtransaction(m) && subtransactions >= subtransaction_limit;
 }
 
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.

@@ -173,7 +173,7 @@ void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
 }
 
 // A row that this transaction wrote: foreign keys check it again at each update, as they do an inserted one, and the
-// dual write of its insertion may still be to come (a user's trigger updates it, before ours by name).
+// dual write of its insertion may still be to come (a trigger of the user's that comes before ours by name updates it).
 bool is_new(HeapTuple row) {
     return TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(row->t_data));
 }

@@ -33,14 +33,13 @@ int times_in_use(const Mapping *m) {
     return n;
 }
 
-// A generic plan whose parameters are the arrays of one list of keys, or of several.
-SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
+// A generic plan, until SPI_finish, whose parameters are the arrays of one list of keys, or of several.
+SPIPlanPtr prepare_once(const Mapping *m, const char *sql, int lists = 1) {
     Oid types[2 * INDEX_MAX_KEYS];
     for (int i = 0; i < m->nparams * lists; i++)
         types[i] = get_array_type(m->key[m->params[i % m->nparams]].origin_type);
     SPIPlanPtr plan = SPI_prepare_cursor(sql, m->nparams * lists, types, CURSOR_OPT_GENERIC_PLAN);
     if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
-    if (m->kept) SPI_keepplan(plan);
     return plan;
 }
 
@@ -55,7 +54,8 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
     if (*slot == NULL) {
         Sql sql;
         build(sql);
-        *slot = prepare(m, sql.c_str(), lists);
+        *slot = prepare_once(m, sql.c_str(), lists);
+        if (m->kept) SPI_keepplan(*slot);
     }
     return *slot;
 }
@@ -152,14 +152,32 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     });
 }
 
+// Nobody holds the rivals' keys in origin. So their rows are locked first, and only then, with a newer snapshot, it is seen
+// whether origin has such a key (again): who gives it to a row from now on waits for this lock in his own dual write.
+bool remove_rivals(Mapping *m, KeyArrays keys, Oid index) {
+    Sql rival;
+    rival.add(view_key_in_params(m)).add(" AND ");
+    if (!m->carry_delete || !unique_columns_equal(rival, m, index)) return false;
+    keep_out_bulk_copies(m);
+    uint64 removed = 0;
+    as_dest_owner(m, 0, [&] {
+        Sql lock, remove, condition;
+        lock.add("SELECT FROM ").relation(m->dest).add(" d, ").relation(m->view).add(" v WHERE ").add(rival.c_str());
+        lock.add(" AND ").add(dest_share(m)).add(" FOR UPDATE OF d");
+        condition.add("EXISTS (SELECT FROM ").relation(m->view).add(" v WHERE ").add(rival.c_str()).add(") AND ");
+        delete_missing(remove, m, condition.add(dest_share(m)).c_str());
+        if (run_latest(prepare_once(m, lock.c_str()), keys, NULL) > 0)
+            removed = run_latest(prepare_once(m, remove.c_str()), keys, NULL);
+    });
+    return removed > 0;
+}
+
 void remove_all_missing(Mapping *m) {
     keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         Sql sql;
         delete_missing(sql, m, dest_share(m));
-        SPIPlanPtr plan = SPI_prepare(sql.c_str(), 0, NULL);
-        if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
-        run_latest(plan, NULL, NULL);
+        run_latest(prepare_once(m, sql.c_str(), 0), NULL, NULL);
     });
 }
 

@@ -38,6 +38,13 @@ void view_columns(Sql &sql, const Mapping *m, const char *alias) {
     for (int i = 0; i < m->ncolumns; i++) view_column(sql.comma(i == 0), m, alias, i + 1);
 }
 
+// 0 where the view does not fill the column.
+int view_position(const Mapping *m, AttrNumber dest_column) {
+    for (int i = 0; i < m->ncolumns; i++)
+        if (m->columns[i] == dest_column) return i + 1;
+    return 0;
+}
+
 bool is_key(const Mapping *m, AttrNumber dest_column) {
     for (int i = 0; i < m->nkey; i++)
         if (m->key[i].dest == dest_column) return true;
@@ -180,6 +187,24 @@ char *view_key_in_params(const Mapping *m, int first) {
     sql.add(") IN (SELECT * FROM unnest(");
     for (int i = 0; i < m->nparams; i++) sql.comma(i == 0).addf("$%d", first + i);
     return pstrdup(sql.add("))").c_str());
+}
+
+bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index) {
+    HeapTuple tuple = SearchSysCache1(INDEXRELID, ObjectIdGetDatum(index));
+    if (!HeapTupleIsValid(tuple)) return false;
+    const Form_pg_index form = (Form_pg_index)GETSTRUCT(tuple);
+    bool all = true;
+    for (int i = 0; all && i < form->indnkeyatts; i++) {
+        const AttrNumber attnum = form->indkey.values[i];  // 0: an expression
+        // (The index may be a partition's, which may number the columns otherwise.)
+        const AttrNumber column = attnum == 0 ? 0 : get_attnum(m->dest, get_attname(form->indrelid, attnum, false));
+        const int position = view_position(m, column);
+        if (!(all = position > 0)) continue;
+        view_column(sql.sep(i == 0, " AND ").add("d.").column(m->dest, column).add(kEqual).add("("), m, "v", position);
+        sql.add(")::").type(get_atttype(m->dest, column));
+    }
+    ReleaseSysCache(tuple);
+    return all;
 }
 
 // DELETE FROM dest d WHERE <key in params> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that

@@ -56,7 +56,7 @@ LANGUAGE sql STABLE AS $$
         OR (SELECT relkind <> 'r' FROM pg_class WHERE oid = mapping.dest)
         OR EXISTS (SELECT FROM pg_constraint WHERE conrelid = mapping.dest AND contype IN ('c', 'f', 'x', 't'))
         OR EXISTS (SELECT FROM pg_index WHERE indrelid = mapping.dest AND indexrelid <> migrate._key_index(mapping.dest, mapping.key_dest) AND (indisunique OR indisexclusion OR indexprs IS NOT NULL OR indpred IS NOT NULL))
-        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 28 <> 8)
+        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE '!migrate\_%' AND tgtype & 28 <> 8)
         OR EXISTS (SELECT FROM pg_attribute d
                    LEFT JOIN LATERAL (SELECT v.* FROM pg_attribute v
                                       WHERE v.attrelid = mapping.view AND v.attnum = array_position(mapping.columns, d.attnum)) v ON true
@@ -68,5 +68,5 @@ LANGUAGE sql STABLE AS $$
                           OR (v.attnum IS NOT NULL AND d.attnotnull AND NOT migrate._never_null(mapping, v.attnum)))),
         mapping.filtered AND mapping.direction = 'forward' OR NOT migrate._writable(mapping)
         OR EXISTS (SELECT FROM pg_constraint WHERE confrelid = mapping.dest AND contype = 'f')
-        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE 'MIGRATE\_%' AND tgtype & 8 <> 0)
+        OR EXISTS (SELECT FROM pg_trigger WHERE tgrelid = mapping.dest AND NOT tgisinternal AND tgname NOT LIKE '!migrate\_%' AND tgtype & 8 <> 0)
 $$;

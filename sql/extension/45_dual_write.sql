@@ -4,7 +4,8 @@ CREATE FUNCTION migrate._dual_write_row() RETURNS trigger LANGUAGE C AS 'MODULE_
 CREATE FUNCTION migrate._dual_write_flush() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_flush';
 CREATE FUNCTION migrate._dual_write_truncate() RETURNS trigger LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_dual_write_truncate';
 
--- Row triggers sort before RI_ConstraintTrigger_…, so that a foreign key from dest to origin finds dest's row gone already.
+-- Row triggers sort before RI_ConstraintTrigger_…, so that a foreign key from dest to origin finds dest's row gone already; and
+-- before the user's, as far as can be: a statement in one of theirs is then known to stand inside another, whose keys come with it.
 -- ENABLE ALWAYS: a logical replication apply worker writes as session_replication_role = replica.
 CREATE FUNCTION migrate._create_triggers(m migrate._migration, direction text) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -17,7 +18,7 @@ BEGIN
     FOR x IN SELECT p.* FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m.id AND p.direction = _create_triggers.direction ORDER BY p.flow LOOP
         FOR r IN SELECT * FROM migrate._partition_tree(x.origin) LOOP
             FOREACH kind IN ARRAY ARRAY['row', 'flush', 'truncate'] LOOP
-                t := format('MIGRATE_%s_%s_%s', x.flow, direction, kind);
+                t := format('!migrate_%s_%s_%s', x.flow, direction, kind);
                 IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r AND tgname = t) THEN
                     EXECUTE format('CREATE TRIGGER %I AFTER %s ON %s FOR EACH %s EXECUTE FUNCTION migrate._dual_write_%s(%L, %L)', t,
                         CASE kind WHEN 'truncate' THEN 'TRUNCATE' ELSE 'INSERT OR UPDATE OR DELETE' END, r,
@@ -36,7 +37,7 @@ DECLARE
     t record;
 BEGIN
     FOR t IN SELECT g.tgname, g.tgrelid::regclass AS relation FROM pg_trigger g
-             JOIN migrate._mapping p ON g.tgname IN (format('MIGRATE_%s_%s_row', p.flow, p.direction), format('MIGRATE_%s_%s_flush', p.flow, p.direction), format('MIGRATE_%s_%s_truncate', p.flow, p.direction))
+             JOIN migrate._mapping p ON g.tgname IN (format('!migrate_%s_%s_row', p.flow, p.direction), format('!migrate_%s_%s_flush', p.flow, p.direction), format('!migrate_%s_%s_truncate', p.flow, p.direction))
              JOIN migrate._flow f ON f.id = p.flow
              WHERE f.migration = m.id AND p.direction = _drop_triggers.direction AND g.tgparentid = 0 AND NOT g.tgisinternal LOOP
         EXECUTE format('DROP TRIGGER %I ON %s', t.tgname, t.relation);
@@ -49,7 +50,7 @@ END $$;
 CREATE FUNCTION migrate._fingerprint(flow integer) RETURNS text
 LANGUAGE sql STABLE AS $$
     WITH wanted AS (
-        SELECT r AS relation, format('MIGRATE_%s_%s_%s', p.flow, p.direction, kind) AS name
+        SELECT r AS relation, format('!migrate_%s_%s_%s', p.flow, p.direction, kind) AS name
         FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration
         JOIN migrate._mapping p ON p.flow = f.id AND (p.direction = 'forward' OR m.both_directions),
             LATERAL migrate._partition_tree(p.origin) r, unnest(ARRAY['row', 'flush', 'truncate']) kind

@@ -30,8 +30,8 @@ CREATE ROLE app LOGIN;
 -- the target's index and its foreign key to itself, which are set aside for the copy, are there as they were.
 CREATE FUNCTION state_of_m() RETURNS text LANGUAGE sql AS $$
     SELECT concat_ws(' ', coalesce((SELECT phase FROM migrate._migration WHERE name = 'm'), 'none'),
-        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^MIGRATE_\d+_forward' AND tgenabled = 'A'),
-        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^MIGRATE_\d+_reverse' AND tgenabled = 'A'),
+        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_forward' AND tgenabled = 'A'),
+        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_reverse' AND tgenabled = 'A'),
         (SELECT CASE WHEN bool_or(d.refobjid = to_regclass('user_profiles')) THEN 'target' ELSE 'source' END
          FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid WHERE r.ev_class = to_regclass('profile')),
         (SELECT CASE count(*) WHEN 2 THEN 'all' ELSE 'aside' END FROM
@@ -77,7 +77,7 @@ DECLARE
     found text;
 BEGIN
     FOR i IN 1 .. 3000 LOOP EXIT WHEN NOT EXISTS (SELECT FROM migrate._worker); PERFORM pg_sleep(0.01); END LOOP;
-    found := concat_ws(', ', (SELECT 'trigger ' || min(tgname) FROM pg_trigger WHERE tgname LIKE 'MIGRATE%'),
+    found := concat_ws(', ', (SELECT 'trigger ' || min(tgname) FROM pg_trigger WHERE tgname LIKE '!migrate%'),
         (SELECT 'view ' || min(relname) FROM pg_class WHERE relnamespace = 'migrate'::regnamespace AND relname LIKE 'flow%'),
         (SELECT 'prepared transaction ' || min(gid) FROM pg_prepared_xacts), (SELECT 'worker ' || min(pid) FROM migrate._worker),
         (SELECT string_agg('rows in ' || relname, ', ') FROM pg_class c

@@ -55,7 +55,7 @@ my %situation = (
 		run => "BEGIN; UPDATE users SET name = 'refused' WHERE id = 7; UPDATE users SET name = 'mended' WHERE id = 7; COMMIT" },
 	retry        => { from => 'ready', prepare => "UPDATE users SET name = 'refused' WHERE id = 7;", run => "SELECT migrate.retry('m')" },
 	rearm        => { from => 'ready', to => 'validating', run => "SELECT migrate.retry('m')",
-		prepare => q{DO $$ BEGIN EXECUTE (SELECT format('ALTER TABLE users DISABLE TRIGGER %1$I; ALTER TABLE users ENABLE ALWAYS TRIGGER %1$I', tgname) FROM pg_trigger WHERE tgname ~ '^MIGRATE.*forward_row'); END $$;} },
+		prepare => q{DO $$ BEGIN EXECUTE (SELECT format('ALTER TABLE users DISABLE TRIGGER %1$I; ALTER TABLE users ENABLE ALWAYS TRIGGER %1$I', tgname) FROM pg_trigger WHERE tgname ~ '^!migrate.*forward_row'); END $$;} },
 	repair       => { from => 'ready', once => 1, run => "SELECT migrate.repair('m', execute => true)", undo => "SELECT verdict FROM migrate.validate('m')",
 		prepare => "UPDATE user_profiles SET bio = 'wrong' WHERE user_id = 9; DELETE FROM user_profiles WHERE user_id = 10; SELECT verdict FROM migrate.validate('m');" },
 	pause        => { from => 'ready', run => "SELECT migrate.pause('m')", undo => "SELECT migrate.resume('m')" },

@@ -16,7 +16,7 @@ define_users($node);
 $node->safe_psql('postgres', "SELECT migrate.add_view('users_to_profiles', view => 'profile')");
 $node->safe_psql('postgres', "SELECT migrate.start('users_to_profiles')");
 is(error_of($node, "CALL migrate.wait('users_to_profiles', timeout => '120 s')"), '', 'ready');
-$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '3 s')");
+$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '8 s')");
 
 my $app = start_app($node, 'app', <<"SQL", clients => 4, rate => 200);
 \\set id random(1, $rows)
@@ -50,7 +50,7 @@ is($node->safe_psql('postgres', "SELECT migrate.serves('users_to_profiles')"), '
 $idle->query_safe('ROLLBACK');
 is(error_of($node, "SELECT migrate.rollback('users_to_profiles')"), '', 'rollback when it has gone');
 
-# No statement of the application waited for the switch, failed attempts included: far less than the 3 s of each.
+# No statement of the application waited for the switch, failed attempts included: far less than the 8 s of each.
 my ($done, $failed, $longest) = stop_app($app);
 is($failed, 0, 'failed transactions');
 cmp_ok($longest, '<', 2000, "the longest wait of the application was $longest ms");
@@ -62,7 +62,7 @@ CREATE TABLE plain_target (id int PRIMARY KEY, v text);
 INSERT INTO plain SELECT i, 'v' || i FROM generate_series(1, 1000) i;
 SELECT migrate.define('plain', source => 'plain', target => 'plain_target', on_target_delete => 'delete');
 SELECT migrate.add_view('plain', view => 'plain_view');
-SELECT migrate.set('plain', 'cutover_timeout', '2 s');
+SELECT migrate.set('plain', 'cutover_timeout', '8 s');
 SQL
 my $old = background($node);
 my $old_pid = $old->query_safe('SELECT pg_backend_pid()');

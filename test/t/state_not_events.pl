@@ -155,7 +155,7 @@ SQL
 		$node->safe_psql($db, "ALTER TABLE p_1 DISABLE TRIGGER $all; UPDATE p SET v = 'passed by, $all' WHERE id BETWEEN 100 AND 110; ALTER TABLE p_1 ENABLE TRIGGER $all");
 		repair_gap($db, "DISABLE TRIGGER $all", 'different');
 	}
-	my ($trigger) = split /\n/, $node->safe_psql($db, "SELECT quote_ident(tgname) FROM pg_trigger WHERE tgrelid = 'p_1'::regclass AND NOT tgisinternal AND tgname LIKE 'MIGRATE%' ORDER BY tgname");
+	my ($trigger) = split /\n/, $node->safe_psql($db, "SELECT quote_ident(tgname) FROM pg_trigger WHERE tgrelid = 'p_1'::regclass AND NOT tgisinternal AND tgname LIKE '!migrate%' ORDER BY tgname");
 	$node->safe_psql($db, "BEGIN; ALTER TABLE p_1 DISABLE TRIGGER $trigger; ALTER TABLE p_1 ENABLE ALWAYS TRIGGER $trigger; COMMIT");
 	repair_gap($db, 'DISABLE and ENABLE ALWAYS in one transaction', undef);
 	$node->safe_psql($db, 'TRUNCATE ONLY p_1; TRUNCATE p');

@@ -100,7 +100,7 @@ subtest 'rollback behind a rollback, then cutover and rollback at once' => sub {
 };
 
 subtest 'cancel and pause during cutover' => sub {
-	$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '1 s')");
+	$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '15 s')");
 	my $report = report();
 	my $switch = begin('switch', $cutover);
 	wait_event('switch', "'Extension', 'Timeout'");
