@@ -152,8 +152,9 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     });
 }
 
-// Nobody holds the rivals' keys in origin. So their rows are locked first, and only then, with a newer snapshot, it is seen
-// whether origin has such a key (again): who gives it to a row from now on waits for this lock in his own dual write.
+// Nobody holds the rivals' keys in origin. So their rows are locked first, and only then, with a newer snapshot, it is
+// seen whether origin has such a key (again): who gives it to a row from now on waits for this lock in his own dual
+// write.
 bool remove_rivals(Mapping *m, KeyArrays keys, Oid index) {
     Sql rival;
     rival.add(view_key_in_params(m)).add(" AND ");

@@ -20,9 +20,10 @@ void remove_keys(Mapping *mapping, KeyArrays keys);
 // their actions taken, on the outcome: a row may have been turned away from one that goes. As above.
 void replace_keys(Mapping *mapping, KeyArrays removed, KeyArrays upserted);
 
-// For an upsert that this unique index of dest refuses: deletes the rows that hold there what the view's rows with these
-// keys are to have, and that no mapping view yields. (Their removal is still to come: the statement around this one has
-// taken their row of origin away, or it was refused once, and waits for a worker.) Whether there were any. As above.
+// For an upsert that this unique index of dest refuses: deletes the rows that hold there what the view's rows with
+// these keys are to have, and that no mapping view yields. (Their removal is still to come: the statement around this
+// one has taken their row of origin away, or it was refused once, and waits for a worker.) Whether there were any. As
+// above.
 bool remove_rivals(Mapping *mapping, KeyArrays keys, Oid index);
 
 // Deletes every row of this mapping's share of dest that no mapping view yields: what TRUNCATE asks for. As above.

@@ -21,8 +21,8 @@ char *dest_key_in_params(const Mapping *m);
 // d.constant = '…' AND …, or true: this mapping's share of dest
 char *dest_share(const Mapping *m);
 
-// d.c1 = (v.c1)::type AND …: the columns of a unique index of dest. False where one of them is an expression, or no column
-// of the view.
+// d.c1 = (v.c1)::type AND …: the columns of a unique index of dest. False where one of them is an expression, or no
+// column of the view.
 bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index);
 
 // INSERT INTO dest AS d (c1, …) SELECT v.c1, … FROM <from> v WHERE <condition> ON CONFLICT (k) DO UPDATE …
