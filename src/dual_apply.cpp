@@ -74,12 +74,20 @@ bool must_pass_on(const Mapping *m, bool urgent, const ErrorData *error) {
             (category == ERRCODE_TRANSACTION_ROLLBACK || error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE));
 }
 
+// Whether an error may come of the write that has nothing to do with what the statement writes. (Where a key may stand
+// twice in origin, its row of dest may be somebody else's at this moment: above READ COMMITTED a serialization
+// failure.)
+bool may_fail(const Mapping *m, Write write) {
+    return (write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail) ||
+           (m->ambiguous && IsolationUsesXactSnapshot());
+}
+
 // Whether a failed write is kept from the statement, or tried again without what stood in its way: in a subtransaction.
 // A write that comes before the statement around it has ended meets rows that this one has taken away and dest still
 // has.
 bool is_guarded(const Mapping *m, Write write) {
-    if (!(write == Write::kUpsert ? m->upsert_may_fail : m->delete_may_fail)) return false;
-    return m->on_failure == OnFailure::kRecord || (write == Write::kUpsert && (m->insert_at_once || m->delete_at_once));
+    return may_fail(m, write) && (m->on_failure == OnFailure::kRecord ||
+                                  (write == Write::kUpsert && (m->insert_at_once || m->delete_at_once)));
 }
 
 // Removes what stands in the way of one key's row; false where nothing did, or it may not be removed.

@@ -129,10 +129,12 @@ BEGIN
     DELETE FROM migrate._failure x WHERE x.key = ARRAY[retry.key::text] AND migrate._apply_keys(x.flow, 'forward', ARRAY[x.key]) IS NULL;
     RETURN CASE WHEN FOUND THEN 'done' ELSE 'locked, or done before' END;
 END $$;
+CREATE FUNCTION retry_all() RETURNS void LANGUAGE sql AS 'SELECT retry(x.key[1]::int) FROM migrate._failure x';
 
 \else
 
 CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION retry_all() RETURNS void LANGUAGE sql AS '';
 CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE format('CREATE TABLE src (id int %s, v text, note text)', key_definition);
