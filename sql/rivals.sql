@@ -71,5 +71,5 @@ SELECT * FROM t ORDER BY tk;
 SELECT key, sqlstate, object FROM migrate._failure ORDER BY id;
 
 \set VERBOSITY terse
-SELECT migrate.cancel('r');
+SELECT migrate.cancel('r'), migrate.drop('r');
 DROP SCHEMA rivals_test CASCADE;
