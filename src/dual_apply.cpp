@@ -107,9 +107,9 @@ bool clear_way(Mapping *m, const KeyList &list, int key, const ErrorData *error)
 void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
                      const char *last_object) {
     const bool urgent = is_urgent(m, write);
-    if (subtransactions >= subtransaction_limit && !urgent && m->on_failure == OnFailure::kRecord) {
-        record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
-        return;
+    if (subtransactions >= subtransaction_limit) {
+        if (m->on_failure == OnFailure::kRaise) return apply_plainly(m, write, list, from, to);
+        if (!urgent) return record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
     }
     subtransactions++;
     auto step = [&] {
@@ -146,11 +146,12 @@ bool replace(Mapping *m, const Touched &touched) {
             });
         DEBUG_POINT("dual write: keys replaced");
     };
-    if (!needs_subtransaction(m)) {
+    const bool exhausted = subtransactions >= subtransaction_limit;
+    if (!needs_subtransaction(m) || (exhausted && m->on_failure == OnFailure::kRaise)) {
         step();
         return true;
     }
-    if (subtransactions >= subtransaction_limit) return false;
+    if (exhausted) return false;
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error && must_pass_on(m, false, error)) ReThrowError(error);
