@@ -49,6 +49,20 @@ INSERT INTO migrate._validation_range SELECT run, flow, 1, '{800}', '{1600}', 0,
 SELECT step(id) FROM migrate._migration WHERE name = 'users';
 UPDATE migrate._migration SET phase_since = clock_timestamp() WHERE name = 'users';
 
+-- a row whose dual write met somebody's lock is no mismatch while it waits for a worker: the step is taken again; one that the target
+-- has refused is
+UPDATE profiles SET bio = 'not yet' WHERE user_id = 500;
+INSERT INTO migrate._failure (flow, direction, key, sqlstate, origin, retry_at) SELECT f.id, 'forward', '{500}', '40001', 'dual_write', 'infinity'
+FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE m.name = 'users';
+SELECT split_part(step(id, 400), ':', 1) AS step FROM migrate._migration, generate_series(1, 4) WHERE name = 'users';
+SELECT low, high, mismatches FROM ledger WHERE run = (SELECT max(run) FROM ledger);
+SELECT count(*) FROM migrate._mismatch;
+UPDATE migrate._failure SET sqlstate = '23514';
+SELECT split_part(step(id, 400), ':', 1) AS step FROM migrate._migration, generate_series(1, 3) WHERE name = 'users';
+UPDATE profiles SET bio = 'bio 500' WHERE user_id = 500;
+DELETE FROM migrate._failure;
+UPDATE migrate._migration SET phase_since = clock_timestamp() WHERE name = 'users';
+
 -- planted damage, each found at the first run, at the second, and by the worker's steps; and gone when it is mended
 CREATE TABLE damage (n int PRIMARY KEY, what text, plant text, mend text);
 INSERT INTO damage VALUES

@@ -243,7 +243,7 @@ BEGIN
     WHEN 'advance' THEN
         PERFORM migrate._end_backfill(m);
     WHEN 'validate' THEN
-        PERFORM migrate._run_validate(m);
+        wait_ms := migrate._run_validate(m);
     WHEN 'shadow' THEN
         wait_ms := migrate._run_shadow(m);
     END CASE;

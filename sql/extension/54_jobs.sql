@@ -243,8 +243,8 @@ BEGIN
     -- @point backfill: phase moved
 END $$;
 
--- One step of validation. A mismatch stops here: nothing is repaired unasked.
-CREATE FUNCTION migrate._run_validate(m migrate._migration) RETURNS void
+-- One step of validation. A mismatch stops here: nothing is repaired unasked. Returns how long to wait before the next, in ms.
+CREATE FUNCTION migrate._run_validate(m migrate._migration) RETURNS integer
 LANGUAGE plpgsql AS $$
 DECLARE
     verdict text;
@@ -253,7 +253,7 @@ BEGIN
     SELECT * INTO gap FROM migrate._gaps(m.id) LIMIT 1;
     IF FOUND THEN
         PERFORM migrate._fail_gap(m, gap.name);
-        RETURN;
+        RETURN 0;
     END IF;
     verdict := migrate._validate_step(m.id);
     IF verdict = 'equal' THEN
@@ -262,9 +262,10 @@ BEGIN
         IF migrate._opt(m.id, 'shadow_rate')::numeric = 0 OR migrate._opt_ms(m.id, 'shadow_time') = 0 THEN
             PERFORM migrate._move(m, NULL, 'ready', 'no shadow reads: shadow_rate or shadow_time is 0');
         END IF;
-    ELSIF verdict <> 'more' THEN
+    ELSIF verdict NOT IN ('more', 'wait') THEN
         PERFORM migrate._fail(m, verdict);
     END IF;
+    RETURN CASE verdict WHEN 'wait' THEN 100 ELSE 0 END;
 END $$;
 
 -- Returns how long to wait before the next shadow reads, in ms.

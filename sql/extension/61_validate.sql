@@ -328,14 +328,22 @@ LANGUAGE sql STABLE AS $$
     FROM migrate._validation v WHERE v.run = run_id
 $$;
 
--- One step of the validation that phase validating consists of: 'more', 'equal' or 'mismatch: …'. Each call is one short
+-- Whether writes of these flows wait for a worker that nothing in the row refused: somebody held a lock, or was in the way.
+CREATE FUNCTION migrate._waits_for_retry(flows integer[]) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT EXISTS (SELECT FROM migrate._failure x WHERE x.flow = ANY (flows) AND migrate._blame(x.sqlstate) IN ('lock', 'cancel', 'server'))
+$$;
+
+-- One step of the validation that phase validating consists of: 'more', 'wait', 'equal' or 'mismatch: …'. Each call is one short
 -- transaction of the worker's. A run belongs to one stay in the phase: whoever comes back to it begins anew, from the first range.
+-- wait: rows differ while writes wait to be retried, as the same snapshot shows. The ranges are compared again after that.
 CREATE FUNCTION migrate._validate_step(migration_id integer, range_rows integer DEFAULT 10000) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration;
     v migrate._validation;
     run_id bigint;
+    known bigint;
 BEGIN
     SELECT * INTO m FROM migrate._migration WHERE id = migration_id;
     -- Resuming after a run that has ended (with a mismatch) checks everything again.
@@ -344,7 +352,16 @@ BEGIN
         run_id := migrate._validation_begin(m, 'ranges', range_rows, true);
     END IF;
     SELECT * INTO v FROM migrate._validation WHERE run = run_id AND verdict IS NULL ORDER BY flow LIMIT 1;
-    PERFORM migrate._validate_next(m, migrate._comparison(m, v.direction, v.flows), run_id, v.method, v.range_rows);
+    known := (SELECT count(*) FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = v.flow);
+    BEGIN
+        PERFORM migrate._validate_next(m, migrate._comparison(m, v.direction, v.flows), run_id, v.method, v.range_rows);
+        IF EXISTS (SELECT FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = v.flow AND r.ordinal > known AND r.mismatches > 0)
+           AND migrate._waits_for_retry(v.flows) THEN
+            RAISE SQLSTATE 'MG001';
+        END IF;
+    EXCEPTION WHEN SQLSTATE 'MG001' THEN
+        RETURN 'wait';
+    END;
     IF EXISTS (SELECT FROM migrate._validation WHERE run = run_id AND verdict IS NULL) THEN
         RETURN 'more';
     END IF;
