@@ -4,8 +4,6 @@
 SET client_min_messages = warning;
 CREATE SCHEMA "Dé ""ferred";
 SET search_path = "Dé ""ferred", public;
--- Here it is the default.
-UPDATE migrate._option_definition SET standard = 'auto' WHERE name = 'defer_indexes';
 
 -- Polls until a condition holds. Each look is a transaction of its own: CREATE INDEX CONCURRENTLY waits for older ones.
 CREATE PROCEDURE reaches(condition text, INOUT answer text DEFAULT 'no') LANGUAGE plpgsql AS $$
@@ -253,4 +251,3 @@ SELECT count(*) FROM migrate._deferred;
 
 DROP SCHEMA "Dé ""ferred" CASCADE;
 DROP ROLE deferred_owner;
-UPDATE migrate._option_definition SET standard = 'off' WHERE name = 'defer_indexes';

@@ -28,7 +28,7 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
     ('batch_time', 'ms', 'ms', '100', false, 1, 60000, NULL, '100 ms',
      'time a batch aims for: its row locks live as long, and an UPDATE of the application may wait that long'),
     ('workers', 'integer', 'workers', '1', false, 1, 64, NULL, '2', 'backfill workers that run side by side'),
-    ('defer_indexes', 'enum', '', 'off', false, NULL, NULL, '{auto,on,off}', 'auto',
+    ('defer_indexes', 'enum', '', 'auto', false, NULL, NULL, '{auto,on,off}', 'auto',
      'whether start sets the target''s secondary indexes and foreign keys aside, to be built after the copy: auto does where the target is empty'),
     ('max_rows_per_second', 'integer', 'rows/s', 'none', true, 1, 1000000000, NULL, '20000', 'upper limit of the backfill''s rate'),
     ('sleep', 'ms', 'ms', '0', false, 0, 3600000, NULL, '50 ms', 'pause after every batch'),

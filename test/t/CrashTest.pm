@@ -24,7 +24,6 @@ sub crash_server
 	my $node = new_server($name, preload => $option{preload} // 1, conf => "fsync = on\n${sync}shared_buffers = 16MB\n" . ($option{conf} // ''));
 	$node->safe_psql('postgres', <<'SQL');
 CREATE ROLE boss SUPERUSER LOGIN;
-UPDATE migrate._option_definition SET standard = 'auto' WHERE name = 'defer_indexes';
 CREATE ROLE app LOGIN;
 -- The migration's state as the catalog has it: phase, dual-write triggers there and back, the side that the view reads, and whether
 -- the target's index and its foreign key to itself, which are set aside for the copy, are there as they were.

@@ -29,7 +29,6 @@ sub tables
 {
 	my ($db) = @_;
 	make_users($node, $rows, db => $db, references => 1);
-	$node->safe_psql($db, "UPDATE migrate._option_definition SET standard = 'auto' WHERE name = 'defer_indexes'");
 	$node->safe_psql($db, <<'SQL');
 CREATE INDEX profile_name ON user_profiles (lower(display_name) text_pattern_ops) WITH (fillfactor = 80) TABLESPACE elsewhere WHERE bio <> 'x';
 ALTER INDEX profile_name ALTER COLUMN 1 SET STATISTICS 200;

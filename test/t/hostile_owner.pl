@@ -11,7 +11,6 @@ use Test::More;
 
 my $rows = 30;
 my $node = new_server('hostile', conf => "log_error_verbosity = terse\nlog_min_messages = log\n");
-$node->safe_psql('postgres', "UPDATE migrate._option_definition SET standard = 'auto' WHERE name = 'defer_indexes'");
 plant($node, $rows);
 
 # Who writes the source runs what is planted on it; who reads or writes the view, what the view and the serving side have.
