@@ -35,7 +35,7 @@ sub is_throttled
 	return;
 }
 
-define_users($primary, max_rows_per_second => 2000, batch_size => 200, max_replica_lag => '500 ms');
+define_users($primary, max_rows_per_second => 500, batch_size => 200, max_replica_lag => '500 ms');
 $primary->safe_psql('postgres', "SELECT migrate.add_view('$m', view => 'profile'); SELECT migrate.start('$m')");
 poll('some rows are copied', sub { rows_copied($primary) > 1000 });
 

@@ -22,7 +22,7 @@ END $$;
 SELECT migrate.define('users_to_profiles', source => 'users', target => 'user_profiles',
     mapping => $$ id AS user_id, slow(name, id) AS display_name, coalesce(bio, '') AS bio, created_at $$,
     reverse => $$ user_id AS id, display_name AS name, bio, created_at $$, on_target_delete => 'delete');
-SELECT migrate.set('users_to_profiles', 'batch_size', '100'), migrate.set('users_to_profiles', 'batch_time', '10 ms'), migrate.set('users_to_profiles', 'shadow_rate', '0.05'), migrate.set('users_to_profiles', 'shadow_time', '5 s');
+SELECT migrate.set('users_to_profiles', 'batch_size', '100'), migrate.set('users_to_profiles', 'batch_time', '10 ms'), migrate.set('users_to_profiles', 'shadow_rate', '0.05'), migrate.set('users_to_profiles', 'shadow_time', '20 s');
 CREATE TABLE hot (id int PRIMARY KEY, n int NOT NULL);
 INSERT INTO hot SELECT i, 0 FROM generate_series(1, 20) i;
 SQL
