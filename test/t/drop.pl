@@ -16,9 +16,8 @@ my $workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'migra
 my %held = (
 	dual_writing => '',
 	backfilling => "SELECT migrate.set('$m', 'max_rows_per_second', '100')",
-	# (The signals are looked at every 250 ms: after the sleep behind the only batch they are, and then the phase is entered throttled;
-	# what was set aside for the copy is back before that.)
-	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT bool_and(done) AND NOT EXISTS (SELECT FROM migrate._deferred WHERE state NOT IN (''restored'', ''given_up'')) FROM migrate._range'), migrate.set('$m', 'batch_size', '5000'), migrate.set('$m', 'sleep', '300 ms')",
+	# (The signals are looked at every 250 ms: after the sleep behind the only batch they are, and then the phase is entered throttled.)
+	validating => "SELECT migrate.set('$m', 'throttle_query', 'SELECT bool_and(done) FROM migrate._range'), migrate.set('$m', 'batch_size', '5000'), migrate.set('$m', 'sleep', '300 ms'), migrate.set('$m', 'defer_indexes', 'off')",
 	shadowing => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '1 h')",
 	cut_over => "SELECT migrate.set('$m', 'shadow_rate', '0.01'); SELECT migrate.set('$m', 'shadow_time', '0')");
 
