@@ -7,6 +7,7 @@
 #include "flow.hpp"
 #include "flow_lock.hpp"
 #include "flow_sql.hpp"
+#include "mapping_cache.hpp"
 #include "mutant.hpp"
 
 MIGRATE_FUNCTION(migrate_apply_keys)
@@ -17,12 +18,27 @@ namespace {
 
 constexpr int kBackground = SECURITY_RESTRICTED_OPERATION;
 
+void raise_no_mapping(int32 flow, bool reverse) {
+    ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
+                    errmsg("flow %d has no %s mapping", flow, reverse ? "reverse" : "forward")));
+}
+
 Mapping *require_mapping(int32 flow, bool reverse) {
     Mapping *m = load_mapping(flow, reverse, Lifetime::kCall);
-    if (m == NULL)
-        ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
-                        errmsg("flow %d has no %s mapping", flow, reverse ? "reverse" : "forward")));
+    if (m == NULL) raise_no_mapping(flow, reverse);
     return m;
+}
+
+// The forward mapping, kept from batch to batch, with the locks that a batch takes on its two tables: what the mapping
+// says of them then holds until the end of the transaction.
+Mapping *locked_mapping(int32 flow) {
+    CacheEntry *entry = find_entry(flow, false);
+    if (entry == NULL) raise_no_mapping(flow, false);
+    LockRelationOid(entry->mapping->origin, AccessShareLock);
+    LockRelationOid(entry->mapping->dest, RowExclusiveLock);
+    if (entry->stale) entry = find_entry(flow, false);  // somebody had just changed one of them
+    if (entry == NULL) raise_no_mapping(flow, false);
+    return entry->mapping;
 }
 
 // A row of the view as the text[] of its key
@@ -305,7 +321,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
     if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");
     MemoryContext result = CurrentMemoryContext;
     with_spi([&] {
-        Mapping *m = require_mapping(PG_GETARG_INT32(0), false);
+        Mapping *m = locked_mapping(PG_GETARG_INT32(0));
         as_dest_owner(m, kBackground, [&] {
             pin_output_settings();
             if (!bulk_copy(m, &batch, result)) copy_by_query(m, &batch, result);

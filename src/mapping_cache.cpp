@@ -32,13 +32,12 @@ bool begin_entries(HASH_SEQ_STATUS *scan) {
     return true;
 }
 
-CacheEntry *find_entry(const Trigger *trigger) {
-    if (trigger->tgnargs != 2) elog(ERROR, "trigger \"%s\" has %d arguments, not 2", trigger->tgname, trigger->tgnargs);
+CacheEntry *find_entry(int32 flow, bool reverse) {
     if (cache == NULL) create_cache();
     CacheKey key;
     memset(&key, 0, sizeof key);  // padding is part of the hash
-    key.flow = pg_strtoint32(trigger->tgargs[0]);
-    key.reverse = strcmp(trigger->tgargs[1], "reverse") == 0;
+    key.flow = flow;
+    key.reverse = reverse;
     bool found;
     CacheEntry *entry = (CacheEntry *)hash_search(cache, &key, HASH_ENTER, &found);
     if (!found) entry->mapping = NULL, entry->stale = false, memset(&entry->touched, 0, sizeof(Touched));
@@ -52,6 +51,11 @@ CacheEntry *find_entry(const Trigger *trigger) {
         entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse, Lifetime::kBackend); });
     }
     return entry->mapping ? entry : NULL;
+}
+
+CacheEntry *find_entry(const Trigger *trigger) {
+    if (trigger->tgnargs != 2) elog(ERROR, "trigger \"%s\" has %d arguments, not 2", trigger->tgname, trigger->tgnargs);
+    return find_entry(pg_strtoint32(trigger->tgargs[0]), strcmp(trigger->tgargs[1], "reverse") == 0);
 }
 
 }  // namespace migrate

@@ -1,4 +1,4 @@
-// The mappings that this backend's dual writes have used, each with the keys that are still to be applied.
+// The mappings that this backend's dual writes or batches have used, each with the keys that are still to be applied.
 #pragma once
 #include "touched.hpp"
 
@@ -16,8 +16,11 @@ struct CacheEntry {
     Touched touched;
 };
 
-// The entry of the trigger's arguments, flow and direction; its mapping is read again where it is out of date and not
-// in use. NULL where the mapping is gone.
+// The entry of a flow and direction; its mapping is read again where it is out of date and not in use. NULL where the
+// mapping is gone.
+CacheEntry *find_entry(int32 flow, bool reverse);
+
+// The same for a trigger's arguments.
 CacheEntry *find_entry(const Trigger *trigger);
 
 // False where there are none.

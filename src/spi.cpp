@@ -100,6 +100,14 @@ Oid extension_owner() {
     return owner;
 }
 
+Oid owner_of(Oid relation) {
+    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relation));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for relation %u", relation);
+    const Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
+    ReleaseSysCache(tuple);
+    return owner;
+}
+
 namespace {
 uint64 run_at(SPIPlanPtr plan, Datum *values, const char *nulls, Snapshot snapshot) {
     const int result = SPI_execute_snapshot(plan, values, nulls, snapshot, InvalidSnapshot, false, true, 0);
@@ -129,6 +137,17 @@ uint64 run_sql(const char *sql, int nargs, const Oid *types, const Datum *values
     const int result =
         SPI_execute_with_args(sql, nargs, const_cast<Oid *>(types), const_cast<Datum *>(values), nulls, read_only, 0);
     if (result < 0) elog(ERROR, "SPI_execute: %s", SPI_result_code_string(result));
+    return SPI_processed;
+}
+
+uint64 run_kept(SPIPlanPtr *plan, const char *sql, int nargs, const Oid *types, const Datum *values) {
+    if (*plan == NULL) {
+        SPIPlanPtr made = SPI_prepare_cursor(sql, nargs, const_cast<Oid *>(types), CURSOR_OPT_GENERIC_PLAN);
+        if (made == NULL || SPI_keepplan(made) != 0) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
+        *plan = made;
+    }
+    const int result = SPI_execute_plan(*plan, const_cast<Datum *>(values), NULL, false, 0);
+    if (result < 0) elog(ERROR, "SPI_execute_plan: %s", SPI_result_code_string(result));
     return SPI_processed;
 }
 

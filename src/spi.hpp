@@ -92,6 +92,8 @@ ErrorData *attempt(Undo undo, Fn &fn) {
 // The extension's owner (a superuser): owns migrate.* and is the role its own bookkeeping runs as.
 Oid extension_owner();
 
+Oid owner_of(Oid relation);
+
 // Within a with_user bracket: what our own SQL means must not depend on the session's settings.
 void pin_language();
 
@@ -129,5 +131,9 @@ uint64 run_on_held_rows(SPIPlanPtr plan, Datum *values, const char *nulls);
 // read_only: in the snapshot of the query that calls, as a STABLE function reads.
 uint64 run_sql(const char *sql, int nargs = 0, const Oid *types = nullptr, const Datum *values = nullptr,
                const char *nulls = nullptr, bool read_only = false);
+
+// The same for a statement of ours that a worker runs at every turn: *plan, which is NULL at first, is kept for the
+// life of the process, and made again by the server where what it rests on has changed.
+uint64 run_kept(SPIPlanPtr *plan, const char *sql, int nargs, const Oid *types, const Datum *values);
 
 }  // namespace migrate

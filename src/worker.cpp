@@ -81,12 +81,13 @@ void pick_job(Worker *w) {
                             Int32GetDatum(w->turn),
                             BoolGetDatum(w->first),
                             BoolGetDatum(check)};
+    static SPIPlanPtr plan = NULL;
     if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
-    run_sql(
-        "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
-        " j.action IN ('index', 'validate_key')"
-        " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
-        6, types, values);
+    run_kept(&plan,
+             "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
+             " j.action IN ('index', 'validate_key')"
+             " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
+             6, types, values);
     disable_timeout(STATEMENT_TIMEOUT, false);
     if (check) w->throttle_checked = now;
     w->job.exit = text_field(1, w->turn_context)[0] == 't';
@@ -116,8 +117,9 @@ void run_job(Worker *w) {
     pgstat_report_activity(STATE_RUNNING, w->job.activity);
     const Oid types[] = {TEXTOID, INT4OID};
     const Datum values[] = {CStringGetTextDatum(w->job.text), Int32GetDatum(w->idle + 1)};
-    run_sql("SELECT r.rows, r.wait_ms, r.next_batch, r.locked FROM migrate._run($1::migrate._job, $2) AS r", 2, types,
-            values);
+    static SPIPlanPtr plan = NULL;
+    run_kept(&plan, "SELECT r.rows, r.wait_ms, r.next_batch, r.locked FROM migrate._run($1::migrate._job, $2) AS r", 2,
+             types, values);
     w->rows_since += integer_field(1);
     w->job.wait_ms = integer_field(2);
     const int next = (int)integer_field(3);

@@ -1,12 +1,14 @@
 -- The jobs themselves: a batch, the re-queue, failures that are due, the end of the backfill, validation, shadow reads.
 
 -- The bytes that a batch may have, NULL: no limit is needed. Without values stored out of line rows are small, and the number of
--- rows limits a batch well enough; looking at their sizes costs a little.
+-- rows limits a batch well enough; looking at their sizes costs a little. (PL/pgSQL, so that it is planned once a worker.)
 CREATE FUNCTION migrate._batch_bytes(source regclass) RETURNS bigint
-LANGUAGE sql VOLATILE AS $$
-    SELECT CASE WHEN EXISTS (SELECT FROM migrate._partition_tree(source) r JOIN pg_class c ON c.oid = r
-                             WHERE c.reltoastrelid <> 0 AND pg_relation_size(c.reltoastrelid) > 0) THEN 16 * 1024 * 1024 END
-$$;
+LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN (SELECT 16 * 1024 * 1024 WHERE EXISTS (
+        SELECT FROM migrate._partition_tree(source) r
+        WHERE pg_relation_size((SELECT nullif(c.reltoastrelid, 0) FROM pg_class c WHERE c.oid = r)) > 0));
+END $$;
 
 -- One batch: rows, skipped keys and checkpoint in one transaction.
 CREATE FUNCTION migrate._run_copy(m migrate._migration, j migrate._job, OUT rows bigint, OUT wait_ms integer, OUT next_batch integer)
