@@ -93,6 +93,28 @@ void read_again(Slice *s) {
     if (BufferIsValid(buffer)) UnlockReleaseBuffer(buffer);
 }
 
+// ---- opening
+
+// The ring of buffers that dest's new pages go through is kept from batch to batch. A batch is smaller than a ring:
+// with one of its own, each would take so many buffers more, and push out of them what the application has there.
+BulkInsertState begin_bulk_insert() {
+    static BufferAccessStrategy ring = NULL;
+    if (ring == NULL) {
+        MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+        ring = GetAccessStrategy(BAS_BULKWRITE);
+        MemoryContextSwitchTo(old);
+    }
+    BulkInsertState bulk = GetBulkInsertState();
+    FreeAccessStrategy(bulk->strategy);
+    bulk->strategy = ring;
+    return bulk;
+}
+
+void end_bulk_insert(BulkInsertState bulk) {
+    bulk->strategy = NULL;
+    FreeBulkInsertState(bulk);
+}
+
 }  // namespace
 
 void open_slice(Slice *s, const Mapping *m, Relation origin, Relation dest, Snapshot snapshot) {
@@ -102,7 +124,7 @@ void open_slice(Slice *s, const Mapping *m, Relation origin, Relation dest, Snap
     s->target = open_result_relation(s->estate, dest, NULL);
     ExecOpenIndices(s->target, false);
     s->arbiters = find_key_indexes(m, dest, &KeyColumn::dest);
-    s->bulk = GetBulkInsertState();
+    s->bulk = begin_bulk_insert();
     const char *why_not;
     s->projection = make_projection(m, origin, dest, &why_not);
     begin_projection(s->projection);
@@ -113,7 +135,7 @@ void close_slice(Slice *s) {
         index_endscan(s->key_scan);
         index_close(s->key_index, NoLock);
     }
-    FreeBulkInsertState(s->bulk);
+    end_bulk_insert(s->bulk);
     table_finish_bulk_insert(s->dest, 0);
     ExecResetTupleTable(s->estate->es_tupleTable, false);
     close_result_relation(s->estate, s->target);

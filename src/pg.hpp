@@ -10,6 +10,7 @@ extern "C" {
 #include "access/detoast.h"
 #include "access/genam.h"
 #include "access/heapam.h"
+#include "access/hio.h"
 #include "access/htup_details.h"
 #include "access/nbtree.h"
 #include "access/relation.h"
