@@ -7,7 +7,7 @@ SET ROLE worker_test_dba;
 CREATE SCHEMA worker_test;
 SET search_path = worker_test, public;
 
--- Batch sizes: at most half as much again, at most halved, at rest within a tenth, from 10 to 100000.
+-- Batch sizes: at most doubled, at most halved, at rest within a tenth, from 10 to 100000.
 SELECT migrate._next_batch(1000, 50, 100) AS fast, migrate._next_batch(1000, 1000, 100) AS slow, migrate._next_batch(1000, 80, 100) AS a_little,
        migrate._next_batch(1000, 95, 100) AS rest, migrate._next_batch(90000, 1, 100) AS most, migrate._next_batch(12, 1000, 100) AS least,
        migrate._next_batch(100, 0, 100) AS no_time, migrate._halved_batch(1000) AS halved, migrate._halved_batch(15) AS not_below;

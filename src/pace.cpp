@@ -17,7 +17,7 @@ constexpr double clamp(double value, double low, double high) {
 }  // namespace
 
 int next_batch(int rows, double elapsed_ms, double target_ms) {
-    const double factor = elapsed_ms > 0 ? clamp(target_ms / elapsed_ms, 0.5, 1.5) : 1.5;
+    const double factor = elapsed_ms > 0 ? clamp(target_ms / elapsed_ms, 0.5, 2) : 2;
     if (factor > 0.9 && factor < 1.1) return (int)clamp(rows, kMinBatch, kMaxBatch);
     return (int)clamp(rows * factor, kMinBatch, kMaxBatch);
 }

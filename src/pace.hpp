@@ -8,8 +8,8 @@ namespace migrate {
 constexpr int kMinBatch = 10;
 constexpr int kMaxBatch = 100000;
 
-// The size of the batch after one of `rows` rows that took elapsed_ms and should have taken target_ms: grows by at most
-// half and shrinks by at most half a step, and stays as it is within a tenth of the aim, so that sizes come to rest.
+// The size of the batch after one of `rows` rows that took elapsed_ms and should have taken target_ms: at most twice
+// and at least half of that, and the same within a tenth of the aim, so that sizes come to rest.
 int next_batch(int rows, double elapsed_ms, double target_ms);
 
 // The size after lock trouble or a failed row: half.

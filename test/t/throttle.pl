@@ -79,7 +79,7 @@ my ($rows, $at) = split /\|/, $node->safe_psql('postgres', 'SELECT sum(rows_done
 poll('time passes', sub { (value($node, "SELECT extract(epoch FROM clock_timestamp()) - $at > 3") // '') eq 't' });
 my ($rows2, $at2) = split /\|/, $node->safe_psql('postgres', 'SELECT sum(rows_done), extract(epoch FROM clock_timestamp()) FROM migrate._range');
 my $batch = $node->safe_psql('postgres', 'SELECT batch_rows FROM migrate._migration');    # one may end just now
-cmp_ok($rows2 - $rows, '<=', 3000 * ($at2 - $at) * 1.1 + 1.5 * $batch, 'max_rows_per_second is kept');
+cmp_ok($rows2 - $rows, '<=', 3000 * ($at2 - $at) * 1.1 + 2 * $batch, 'max_rows_per_second is kept');
 like($node->safe_psql('postgres', "SELECT migrate.throttle('users_to_profiles', rows_per_second => 50, for_time => '2 s')"), qr/./, 'throttle');
 poll('the throttle has its expiry', sub { (value($node, 'SELECT count(*) FROM migrate._option WHERE expires_at > clock_timestamp()') // 1) == 0 });
 my $held = rows_copied($node);
