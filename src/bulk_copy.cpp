@@ -206,16 +206,5 @@ using namespace migrate;
 
 // migrate._no_bulk_copy(flow integer) RETURNS text: why its batches lock the source's rows; NULL: they do not
 Datum migrate_no_bulk_copy(PG_FUNCTION_ARGS) {
-    MemoryContext result = CurrentMemoryContext;
-    const char *why_not = with_spi([&]() -> const char * {
-        Mapping *m = load_mapping(PG_GETARG_INT32(0), false, Lifetime::kCall);
-        if (m == NULL) return NULL;
-        Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, AccessShareLock);
-        const char *text = why_no_bulk_copy(m, origin, dest);
-        table_close(origin, NoLock);
-        table_close(dest, NoLock);
-        return text ? MemoryContextStrdup(result, text) : NULL;
-    });
-    if (why_not == NULL) PG_RETURN_NULL();
-    PG_RETURN_TEXT_P(cstring_to_text(why_not));
+    return answer_of_flow(fcinfo, false, why_no_bulk_copy);
 }

@@ -66,14 +66,6 @@ const char *why_not_key(const Mapping *m, Relation origin, Relation dest) {
     return NULL;
 }
 
-Oid owner_of(Oid relid) {
-    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
-    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for relation %u", relid);
-    const Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
-    ReleaseSysCache(tuple);
-    return owner;
-}
-
 // A query checks rights by statement; here they are looked at when the path is chosen. A revocation from dest's owner
 // changes dest, and so makes the choice anew: then the query raises its own error. The rights of dest's owner that only
 // a group gave him, and has taken since, are the exception: as the owner he may grant them to himself again any time.
@@ -138,16 +130,5 @@ using namespace migrate;
 // not
 Datum migrate_path(PG_FUNCTION_ARGS) {
     const bool reverse = strcmp(text_to_cstring(PG_GETARG_TEXT_PP(1)), "reverse") == 0;
-    MemoryContext result = CurrentMemoryContext;
-    const char *why_not = with_spi([&]() -> const char * {
-        Mapping *m = load_mapping(PG_GETARG_INT32(0), reverse, Lifetime::kCall);
-        if (m == NULL) return NULL;
-        Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, AccessShareLock);
-        const char *text = why_not_direct(m, origin, dest);
-        table_close(origin, NoLock);
-        table_close(dest, NoLock);
-        return text ? MemoryContextStrdup(result, text) : NULL;
-    });
-    if (why_not == NULL) PG_RETURN_NULL();
-    PG_RETURN_TEXT_P(cstring_to_text(why_not));
+    return answer_of_flow(fcinfo, reverse, why_not_direct);
 }

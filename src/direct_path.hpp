@@ -14,4 +14,22 @@ List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);
 
+// For SQL: what `ask` says of the flow that is the call's first argument, NULL where it says nothing or there is no
+// such flow.
+template <class Ask>
+Datum answer_of_flow(FunctionCallInfo fcinfo, bool reverse, Ask ask) {
+    MemoryContext result = CurrentMemoryContext;
+    const char *answer = with_spi([&]() -> const char * {
+        Mapping *m = load_mapping(PG_GETARG_INT32(0), reverse, Lifetime::kCall);
+        if (m == NULL) return NULL;
+        Relation origin = table_open(m->origin, AccessShareLock), dest = table_open(m->dest, AccessShareLock);
+        const char *text = ask(m, origin, dest);
+        table_close(origin, NoLock);
+        table_close(dest, NoLock);
+        return text ? MemoryContextStrdup(result, text) : NULL;
+    });
+    if (answer == NULL) PG_RETURN_NULL();
+    PG_RETURN_TEXT_P(cstring_to_text(answer));
+}
+
 }  // namespace migrate

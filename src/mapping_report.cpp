@@ -4,14 +4,6 @@
 namespace migrate {
 namespace {
 
-Oid owner_of(Oid relation) {
-    HeapTuple tuple = SearchSysCache1(RELOID, ObjectIdGetDatum(relation));
-    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache lookup failed for relation %u", relation);
-    const Oid owner = ((Form_pg_class)GETSTRUCT(tuple))->relowner;
-    ReleaseSysCache(tuple);
-    return owner;
-}
-
 bool forbidden_function(Oid function, void *dest_owner) {
     return !may_execute(function, *(Oid *)dest_owner);
 }

@@ -13,7 +13,7 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 our @EXPORT = qw(new_server make_users define_users poll wait_for wait_phase value phase rows_copied
-  start_app stop_app app_transactions background differing worker_pids error_of server_major);
+  start_app writing_users stop_app app_transactions background differing worker_pids error_of server_major);
 
 # What one waits for at most, in seconds: only a hang takes as long.
 our $patience = 180;
@@ -168,6 +168,23 @@ sub error_of
 	my ($status, undef, $error) = $node->psql($option{db} // 'postgres', "\\set VERBOSITY verbose\n$sql",
 		timeout => 120, extra_params => $option{user} ? [ '-U', $option{user} ] : []);
 	return $status == 0 ? '' : $error;
+}
+
+# A script of pgbench for start_app: updates, inserts and deletes of users. id: which one, as pgbench computes it.
+sub writing_users
+{
+	my ($id) = @_;
+	return <<"SQL";
+\\set id $id
+\\set kind random(1, 10)
+\\if :kind <= 6
+UPDATE users SET name = 'name ' || :kind, bio = nullif(left(md5(random()::text), (random() * 20)::int), '') WHERE id = :id;
+\\elif :kind <= 8
+INSERT INTO users (name, bio) VALUES ('new user', 'hello');
+\\else
+DELETE FROM users WHERE id = :id;
+\\endif
+SQL
 }
 
 # An application: pgbench clients that run the script on and on in sessions that stay open. Options: clients, rate, db, user.

@@ -95,17 +95,7 @@ subtest 'the worker is killed while an index is built' => sub {
 	is(error_of($node, 'DELETE FROM users WHERE id = 8'), '', 'the application deletes from the source');
 };
 
-my $app = start_app($node, 'app', <<"SQL", clients => 3);
-\\set id random(1, $rows)
-\\set kind random(1, 10)
-\\if :kind <= 6
-UPDATE users SET name = 'name ' || :kind, bio = nullif(left(md5(random()::text), (random() * 20)::int), '') WHERE id = :id;
-\\elif :kind <= 8
-INSERT INTO users (name, bio) VALUES ('new user', 'hello');
-\\else
-DELETE FROM users WHERE id = :id;
-\\endif
-SQL
+my $app = start_app($node, 'app', writing_users("random(1, $rows)"), clients => 3);
 
 sub let_work
 {

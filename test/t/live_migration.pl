@@ -14,17 +14,7 @@ my $node = new_server('live');
 make_users($node, $rows, references => 1);
 
 my $begun = time();
-my $old = start_app($node, 'old', <<"SQL", clients => 4);
-\\set id 2 * random(1, $rows / 2)
-\\set kind random(1, 10)
-\\if :kind <= 6
-UPDATE users SET name = 'name ' || :kind, bio = nullif(left(md5(random()::text), (random() * 20)::int), '') WHERE id = :id;
-\\elif :kind <= 8
-INSERT INTO users (name, bio) VALUES ('new user', 'hello');
-\\else
-DELETE FROM users WHERE id = :id;
-\\endif
-SQL
+my $old = start_app($node, 'old', writing_users("2 * random(1, $rows / 2)"), clients => 4);
 
 # Waits until the application has done some more work.
 sub let_work
