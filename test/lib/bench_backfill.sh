@@ -12,9 +12,10 @@ ours() {
         SELECT migrate.set('copy', 'workers', '$4');" "
         SELECT migrate.start('copy');
         CALL await_copy('copy');" "
-        CALL migrate.wait('copy');
-        SELECT migrate.cancel('copy'), migrate.drop('copy');" || return
-    same_rows "$1: $2"
+        CALL migrate.wait('copy');" || return
+    same_rows "$1: $2" || return
+    # (A target with a foreign key is emptied again.)
+    ask "SELECT migrate.cancel('copy'), migrate.drop('copy')" >/dev/null
 }
 
 # A benchmark of something that does not do the work would be worth nothing.

@@ -67,6 +67,8 @@ SET client_min_messages = warning;
 \\o /dev/null
 $prepare
 CHECKPOINT;
+\\connect
+SET client_min_messages = warning;
 SELECT pg_current_wal_insert_lsn() - '0/0' AS wal0 \\gset
 \\set cpu0 \`$T/server_cpu\`
 SELECT extract(epoch FROM clock_timestamp()) AS time0 \\gset

@@ -21,14 +21,14 @@ DELETE FROM users WHERE id = :id;
 \\endif
 SQL
 
-# Brings a throttled backfill into its middle; returns the rows copied.
+# Brings a throttled backfill into its middle. So slow that it is not over, whatever time three crashes and the looks between them take.
 sub reach_middle
 {
 	my ($node) = @_;
 	make_users($node, $rows, references => 1);
-	define_users($node, max_rows_per_second => 20000, batch_size => 500);
+	define_users($node, max_rows_per_second => 3000, batch_size => 500);
 	$node->safe_psql('postgres', "SELECT migrate.start('users_to_profiles')");
-	poll('some rows are copied', sub { rows_copied($node) > 5000 });
+	poll('some rows are copied', sub { rows_copied($node) > 2000 });
 	return;
 }
 
