@@ -139,8 +139,8 @@ int safe_wait(TimestampTz since) {
     return DeadlockTimeout / 2 - (int)Min(milliseconds_since(since), 1e6);
 }
 
-// Since when the transaction has held what it holds already. Locks of somebody else's making (LOCK TABLE, say) may be as
-// old as itself.
+// Since when the transaction has held what it holds already. Locks of somebody else's making (LOCK TABLE, say) may be
+// as old as itself.
 TimestampTz holding_since() {
     const TimestampTz transaction = GetCurrentTransactionStartTimestamp();
     return held.transaction == transaction ? held.since : transaction;
@@ -183,8 +183,8 @@ Datum migrate_old_snapshots(PG_FUNCTION_ARGS) {
 // Locks the relations by OID in the order given, each in its own mode (a view's tables are not locked along with it),
 // within budget_ms for all of them together: whoever queues behind our first lock waits no longer than that. Raises
 // 55P03 when it cannot; the locks it has got by then go with the caller's subtransaction. Once it holds one, it waits
-// for the others only as long as is safe (safe_wait), and then tries them without waiting. `more`: the transaction holds
-// locks of an earlier step already. Returns the milliseconds waited.
+// for the others only as long as is safe (safe_wait), and then tries them without waiting. `more`: the transaction
+// holds locks of an earlier step already. Returns the milliseconds waited.
 Datum migrate_lock_relations(PG_FUNCTION_ARGS) {
     Datum *relations, *modes;
     bool *nulls;

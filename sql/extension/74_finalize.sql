@@ -59,28 +59,48 @@ LANGUAGE sql STABLE AS $$
         ORDER BY 1) x
 $$;
 
--- What goes with a column by itself: indexes, constraints, owned sequences.
-CREATE FUNCTION migrate._goes_along(relation oid, column_name text) RETURNS text
+-- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies.
+CREATE FUNCTION migrate._goes_along(relation oid, column_name text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce(', with ' || string_agg(DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid), ', '), '')
-    FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND a.attname = column_name AND d.deptype = 'a'
-      AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass)
+    FROM pg_depend d LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND (column_name IS NULL OR a.attname = column_name) AND d.deptype = 'a'
+      AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass)
 $$;
 
--- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it.
-CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regclass) RETURNS void
+-- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it: as an error,
+-- or, where `report`, as text.
+CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regclass, report boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     dependents text;
     hints text := migrate._drop_hints(ARRAY[relation]);
+    along text := migrate._goes_along(relation, substring(what FROM '^column "(.*)" of '));
 BEGIN
     EXECUTE command;
+    RETURN what || ' is dropped' || along;
 EXCEPTION WHEN dependent_objects_still_exist THEN
     GET STACKED DIAGNOSTICS dependents = PG_EXCEPTION_DETAIL;
+    IF report THEN
+        RETURN format(E'%s cannot be dropped:\n%s\n%s', what, dependents, hints);
+    END IF;
     PERFORM migrate._raise('2BP01', format('%s cannot be dropped because other objects depend on it', what),
         dependents || E'\nNothing was finalized.', hints);
 END $$;
+
+-- The migration's own objects, which finalize drops.
+CREATE FUNCTION migrate._finalize_list(m_id integer) RETURNS SETOF text
+LANGUAGE sql STABLE AS $$
+    SELECT l.line FROM (
+        SELECT DISTINCT 1 AS rank, format('trigger %I on %s', t.tgname, t.tgrelid::regclass) AS line FROM migrate._flow f, LATERAL (
+               SELECT migrate._partition_tree(f.source) UNION SELECT migrate._partition_tree(f.target)) AS r(relation)
+        JOIN pg_trigger t ON t.tgrelid = r.relation AND NOT t.tgisinternal AND t.tgparentid = 0
+        JOIN pg_proc c ON c.oid = t.tgfoid AND c.pronamespace = 'migrate'::regnamespace WHERE f.migration = m_id
+          AND EXISTS (SELECT FROM migrate._flow w WHERE w.migration = m_id AND position('_' || w.id || '_' IN t.tgname) > 0)
+        UNION ALL
+        SELECT 2, format('%s mapping, view %s', p.direction, p.view) FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id
+    ) l ORDER BY l.rank, l.line
+$$;
 
 -- Sequences of a table that is to go, on which a default elsewhere still depends: they go over to that column, or to nobody where
 -- owner or schema differ.
