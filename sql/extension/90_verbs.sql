@@ -88,9 +88,9 @@ CREATE FUNCTION migrate.rollback(names text[], dry_run boolean DEFAULT false, sk
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
 COMMENT ON FUNCTION migrate.rollback(text[], boolean, text[]) IS 'rolls several migrations back at once, all or none';
 
-CREATE FUNCTION migrate.finalize(name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL)
+CREATE FUNCTION migrate.finalize(name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL, dry_run boolean DEFAULT false)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.finalize IS 'ends the rollback window: drops the triggers and, on demand, the source table or columns of it; force takes the migration''s own name';
+COMMENT ON FUNCTION migrate.finalize IS 'ends the rollback window: drops the triggers and, on demand, the source table or columns of it; force takes the migration''s own name; dry_run lists all that would be dropped';
 
 CREATE FUNCTION migrate.drop(name text)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
