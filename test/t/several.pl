@@ -53,6 +53,16 @@ SQL
 	# (A division by zero where it sees some that are switched and some that are not.)
 	my $witness = start_app($node, 'witness', "SELECT 1 / (count(DISTINCT phase) = 1)::int FROM migrate.migration;\n", clients => 1, rate => 200);
 	poll('the application works', sub { app_transactions($app) > 100 && app_transactions($witness) > 100 });
+	# Rehearsals, before the first cutover: under the same locks, and nothing stays of them.
+	for my $verb (qw(cutover rollback))
+	{
+		my $report = $node->safe_psql('postgres', "SELECT migrate.$verb('{users_to_profiles,orders}'::text[], dry_run => true)");
+		like($report, qr/^orders: ready -> ready \(dry run: undone\)$/m, "$verb is rehearsed");
+		like($report, qr/^done: the @{[$verb eq 'cutover' ? 'target' : 'source']} serves$/m, 'to its end');
+		like($report, qr/^locks: all got at attempt \d+ within [\d.]+ ms, held for [\d.]+ ms$/m, 'and says how long it held its locks');
+	}
+	is(serving(), 'source source source', 'the source serves');
+	is($node->safe_psql('postgres', "SELECT count(*) FROM pg_trigger WHERE tgname LIKE '!migrate%reverse%'"), 0, 'no trigger is left of it');
 	my %done = (call => 0, transaction => 0, refused => 0);
 	my $transaction = sub {
 		my ($verb, @names) = @_;
@@ -75,6 +85,10 @@ SQL
 		}
 	}
 	is($done{transaction}, 10, 'switches in one transaction');
+	is(error_of($node, "SELECT migrate.cutover('{users_to_profiles,orders,names}'::text[])"), '', 'there');
+	like($node->safe_psql('postgres', "SELECT migrate.rollback('users_to_profiles', dry_run => true)"), qr/^cut_over -> cut_over \(dry run: undone\)/, 'a rehearsal in the window');
+	is(serving(), 'target target target', 'changes nothing');
+	is(error_of($node, "SELECT migrate.rollback('{users_to_profiles,orders,names}'::text[])"), '', 'and back');
 	# Against its order: whoever waits for us in turn is not waited for. It may happen or not, but all of it.
 	$transaction->('cutover', qw(names orders users_to_profiles)) for 1 .. 5;
 	is(error_of($node, "SELECT migrate.rollback(ARRAY['users_to_profiles', 'orders', 'names'])"), '', 'back');
