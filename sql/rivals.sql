@@ -72,4 +72,5 @@ SELECT key, sqlstate, object FROM migrate._failure ORDER BY id;
 
 \set VERBOSITY terse
 SELECT migrate.cancel('r');
+SELECT migrate.drop('r');
 DROP SCHEMA rivals_test CASCADE;
