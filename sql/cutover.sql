@@ -72,9 +72,10 @@ SELECT migrate.cutover('m');
 \echo :LAST_ERROR_SQLSTATE
 ROLLBACK;
 
--- rehearsals change nothing
-SELECT migrate.cutover('m', dry_run => true);
-SELECT migrate.rollback('m', dry_run => true);
+-- rehearsals change nothing, and say how long the application would have waited
+CREATE FUNCTION untimed(report text) RETURNS text LANGUAGE sql AS $$ SELECT regexp_replace(report, '[0-9.]+ ms', 'T ms', 'g') $$;
+SELECT untimed(migrate.cutover('m', dry_run => true));
+SELECT untimed(migrate.rollback('m', dry_run => true));
 SELECT phase FROM migrate.migration WHERE name = 'm';
 SELECT reads('profile');
 SELECT tgname FROM pg_trigger WHERE tgrelid = 'profiles'::regclass AND NOT tgisinternal;
@@ -93,7 +94,7 @@ SELECT * FROM users WHERE id IN (2, 4, 5, 51) ORDER BY id;
 SELECT differences();
 
 -- and back: nothing is lost
-SELECT migrate.rollback('m', dry_run => true);
+SELECT untimed(migrate.rollback('m', dry_run => true));
 SELECT migrate.rollback('m');
 SELECT migrate.rollback('m');
 SELECT migrate.serves('m');
@@ -179,6 +180,37 @@ SELECT migrate.serves('a');
 SELECT migrate.serves('b');
 SELECT count(*) FROM a;
 RESET ROLE;
+-- in one call: in the order of the names, each once, what is switched already left alone
+SELECT migrate.rollback(ARRAY['b', 'a', 'b']);
+SELECT migrate.serves('a'), migrate.serves('b');
+SELECT migrate.cutover('a');
+SELECT untimed(migrate.cutover(ARRAY['a', 'b'], dry_run => true));
+SELECT migrate.cutover(ARRAY['a', 'b']);
+SELECT migrate.serves('a'), migrate.serves('b');
+-- a gate of one refuses both
+SELECT migrate.rollback(ARRAY['a', 'b']);
+SELECT migrate.pause('b');
+SELECT migrate.cutover(ARRAY['a', 'b']);
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.serves('a'), migrate.serves('b');
+SELECT migrate.resume('b');
+SELECT migrate.cutover(ARRAY['a', 'nobody']);
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.cutover(ARRAY['a', NULL]);
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.cutover('{}'::text[]);
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.serves('a'), migrate.serves('b');
+-- and a failure between the two undoes the first
+BEGIN;
+SELECT migrate.cutover('a');
+SELECT migrate.cutover('b', skip => '{phase}');
+COMMIT;
+SELECT migrate.serves('a'), migrate.serves('b');
+SELECT migrate.cutover(ARRAY['a', 'b']);
+-- a view belongs to one migration: a second one cannot switch it
+SELECT migrate.add_view('a', 'bv');
+\echo :LAST_ERROR_SQLSTATE
 -- the identity of the target goes on where the source's keys end
 INSERT INTO a (v) VALUES ('next') RETURNING id;
 SELECT * FROM a_migrate WHERE id > 10;

@@ -49,7 +49,20 @@ SELECT migrate.finalize('m', force => 'm', drop_columns => '{secret}');
 \echo :LAST_ERROR_SQLSTATE
 SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio}', drop_source => true);
 \echo :LAST_ERROR_SQLSTATE
+-- a rehearsal lists all that would go, and what is in the way of it, also inside the window
+CREATE FUNCTION rehearse(drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}') RETURNS SETOF text LANGUAGE sql AS $$
+    SELECT regexp_replace(regexp_replace(regexp_replace(l, '(_)[0-9]+(_)', '\1N\2'), 'until .*', 'until <time>'), '[0-9.]+ ms', 'T ms', 'g')
+    FROM regexp_split_to_table(migrate.finalize('m', drop_source, drop_columns, dry_run => true), E'\n') l
+$$;
+SELECT * FROM rehearse(drop_columns => '{bio}');
 CREATE VIEW cities AS SELECT DISTINCT city FROM users;
+CREATE VIEW bios AS SELECT DISTINCT bio FROM users;
+SELECT * FROM rehearse(drop_columns => '{bio,city}');
+SELECT * FROM rehearse(drop_source => true);
+SELECT migrate.finalize('m', dry_run => true, force => 'yes');
+\echo :LAST_ERROR_SQLSTATE
+DROP VIEW bios;
+SELECT phase FROM migrate.migration WHERE name = 'm';
 SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio,city}');
 \echo :LAST_ERROR_SQLSTATE
 SELECT phase FROM migrate.migration WHERE name = 'm';
@@ -71,6 +84,7 @@ SELECT migrate.finalize('m', drop_source => true);
 \echo :LAST_ERROR_SQLSTATE
 ALTER TABLE orders DROP CONSTRAINT orders_user_id_fkey;
 DROP VIEW names;
+SELECT * FROM rehearse(drop_source => true);
 SELECT migrate.finalize('m', drop_source => true);
 SELECT to_regclass('users') IS NULL AS gone;
 SELECT migrate.finalize('m', drop_source => true);

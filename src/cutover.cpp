@@ -29,6 +29,12 @@ double milliseconds_since(TimestampTz start) {
     return (GetCurrentTimestamp() - start) / 1000.0;
 }
 
+// Since when the transaction that began at `transaction` has kept the application waiting.
+struct Held {
+    TimestampTz transaction;
+    TimestampTz since;
+} held = {0, 0};
+
 // Waits for one lock as long as the budget that is left allows; raises lock_not_available after that.
 void lock_within(Oid relid, LOCKMODE mode, int milliseconds) {
     if (ConditionalLockRelationOid(relid, mode)) return;
@@ -127,6 +133,19 @@ void nap(long milliseconds) {
     CHECK_FOR_INTERRUPTS();
 }
 
+// For how long a lock may still be waited for by who has kept others waiting since then: whoever waits behind us, and
+// holds what we want, must not have a deadlock found, for it is his statement that would fail.
+int safe_wait(TimestampTz since) {
+    return DeadlockTimeout / 2 - (int)Min(milliseconds_since(since), 1e6);
+}
+
+// Since when the transaction has held what it holds already. Locks of somebody else's making (LOCK TABLE, say) may be
+// as old as itself.
+TimestampTz holding_since() {
+    const TimestampTz transaction = GetCurrentTransactionStartTimestamp();
+    return held.transaction == transaction ? held.since : transaction;
+}
+
 }  // namespace
 }  // namespace migrate
 
@@ -160,12 +179,12 @@ Datum migrate_old_snapshots(PG_FUNCTION_ARGS) {
     PG_RETURN_DATUM(pid_array(waiting));
 }
 
-// migrate._lock_relations(relations regclass[], modes text[], budget_ms integer) RETURNS double precision
+// migrate._lock_relations(relations regclass[], modes text[], budget_ms integer, more boolean) RETURNS double precision
 // Locks the relations by OID in the order given, each in its own mode (a view's tables are not locked along with it),
 // within budget_ms for all of them together: whoever queues behind our first lock waits no longer than that. Raises
 // 55P03 when it cannot; the locks it has got by then go with the caller's subtransaction. Once it holds one, it waits
-// for the others only so long that nobody who waits behind it, and holds what it wants, has a deadlock found. Returns
-// the milliseconds waited.
+// for the others only as long as is safe (safe_wait), and then tries them without waiting. `more`: the transaction
+// holds locks of an earlier step already. Returns the milliseconds waited.
 Datum migrate_lock_relations(PG_FUNCTION_ARGS) {
     Datum *relations, *modes;
     bool *nulls;
@@ -174,15 +193,17 @@ Datum migrate_lock_relations(PG_FUNCTION_ARGS) {
     deconstruct_array(PG_GETARG_ARRAYTYPE_P(1), TEXTOID, -1, false, TYPALIGN_INT, &modes, &nulls, &nmodes);
     if (n != nmodes) elog(ERROR, "%d relations but %d lock modes", n, nmodes);
     const int budget = PG_GETARG_INT32(2);
+    const bool more = PG_GETARG_BOOL(3);
     const TimestampTz start = GetCurrentTimestamp();
-    TimestampTz held = 0;
+    TimestampTz since = more ? holding_since() : 0;
     for (int i = 0; i < n; i++) {
         const Oid relid = DatumGetObjectId(relations[i]);
         int left = Max(budget - (int)milliseconds_since(start), 1);
-        if (i > 0) left = Min(left, DeadlockTimeout / 2 - (int)milliseconds_since(held));
+        if (since != 0) left = Min(left, safe_wait(since));
         lock_within(relid, lock_mode(TextDatumGetCString(modes[i])), left);
-        if (i == 0) held = GetCurrentTimestamp();
+        if (since == 0) since = GetCurrentTimestamp();
         require_relation(relid);
     }
+    held = {GetCurrentTransactionStartTimestamp(), since};
     PG_RETURN_FLOAT8(milliseconds_since(start));
 }

@@ -119,7 +119,7 @@ LANGUAGE sql STABLE AS $$
                coalesce((SELECT string_agg(format('view %s', migrate._plan_code(v.view::text)), ', ' ORDER BY v.view) FROM migrate._view v WHERE v.migration = m.id), 'nothing by itself (the application switches, by migrate.serves)'),
                migrate._opt_ms(m.id, 'lock_timeout'), migrate._plan_time(migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0)),
         '| `rollback` → ready | the same transaction the other way, at any time before finalize | as cutover |',
-        format('| `finalize` | triggers are dropped; refused until %s after cutover (rollback_window) | ACCESS EXCLUSIVE on what is dropped, SHARE ROW EXCLUSIVE on the tables, for a moment |', migrate._opt(m.id, 'rollback_window'))], E'\n')
+        format('| `finalize` | triggers are dropped; refused until %s after cutover (rollback_window) | ACCESS EXCLUSIVE on the tables, for a moment |', migrate._opt(m.id, 'rollback_window'))], E'\n')
 $$;
 
 CREATE FUNCTION migrate._plan_failures(m migrate._migration) RETURNS text
@@ -189,6 +189,7 @@ LANGUAGE sql STABLE AS $$
         format('SELECT migrate.cutover(%L, dry_run => true);', m.name),
         format('SELECT migrate.cutover(%L);', m.name),
         format('-- SELECT migrate.rollback(%L);   -- the way back, until finalize', m.name),
+        format('SELECT migrate.finalize(%L, dry_run => true);   -- lists all that it would drop', m.name),
         format('SELECT migrate.finalize(%L);      -- %s after cutover', m.name, migrate._opt(m.id, 'rollback_window')),
         format('SELECT migrate.drop(%L);', m.name), '```'], E'\n')
 $$;

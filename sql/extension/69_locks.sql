@@ -4,7 +4,7 @@
 CREATE FUNCTION migrate._old_snapshots(timeout_ms bigint) RETURNS integer[]
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_old_snapshots';
 
-CREATE FUNCTION migrate._lock_relations(relations regclass[], modes text[], budget_ms integer) RETURNS double precision
+CREATE FUNCTION migrate._lock_relations(relations regclass[], modes text[], budget_ms integer, more boolean DEFAULT false) RETURNS double precision
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_lock_relations';
 
 -- Ends a block that is to be undone: BEGIN …; PERFORM migrate._undo(); EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL; END. What it read
@@ -58,19 +58,29 @@ LANGUAGE sql VOLATILE AS $$
     ORDER BY h.pid
 $$;
 
--- Whether this transaction keeps the application waiting already, as a second switch in one transaction does.
+-- Whether this transaction keeps the application waiting already, as a second switch in one transaction does. (The application
+-- knows nothing of our own views and tables.)
 CREATE FUNCTION migrate._holds_locks() RETURNS boolean
 LANGUAGE sql VOLATILE AS $$
     SELECT EXISTS (SELECT FROM pg_locks l WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND l.granted
-                   AND l.mode = 'AccessExclusiveLock')
+                   AND l.mode IN ('ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock')
+                   AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relnamespace = 'migrate'::regnamespace))
+$$;
+
+CREATE FUNCTION migrate._holding_detail() RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer.' $$;
+
+CREATE FUNCTION migrate._together_hint() RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT 'End this transaction and call it again. Several are switched best in one call, which gets all locks before it holds any for long: SELECT migrate.cutover(ARRAY[''…'', ''…'']);'
 $$;
 
 -- Executes `body`, one query that gives a text, under the locks, and returns it. An attempt that does not get its locks within
--- option lock_timeout is undone, so that nothing is held, and made again after a pause that grows, until `deadline`; then
--- 55P03 with the blockers. dry_run: the attempt that succeeded is undone too.
+-- option lock_timeout is undone, so that nothing is held, and made again after a pause that grows, until `deadline` (or soon, where
+-- the transaction holds locks of an earlier step); then 55P03 with the blockers. dry_run: the attempt that succeeded is undone too.
 CREATE FUNCTION migrate._under_locks(m migrate._migration, caller regrole, goal text, relations regclass[], modes text[], body text,
                                      deadline timestamptz, dry_run boolean DEFAULT false,
-                                     OUT result text, OUT attempts integer, OUT lock_ms numeric, OUT blockers text[])
+                                     OUT result text, OUT attempts integer, OUT lock_ms numeric, OUT held_ms numeric, OUT blockers text[])
 LANGUAGE plpgsql AS $$
 DECLARE
     budget integer := migrate._opt_ms(m.id, 'lock_timeout');
@@ -79,10 +89,13 @@ DECLARE
     body_budget integer := greatest(1, least(budget, (SELECT s.setting::integer / 2 FROM pg_settings s WHERE s.name = 'deadlock_timeout')));
     before text := current_setting('lock_timeout');
     attempt_began timestamptz;
-    last timestamptz := CASE WHEN migrate._holds_locks() THEN least(deadline, clock_timestamp() + interval '1 s') ELSE deadline END;
-    pause_ms numeric := 200;
+    holding boolean := migrate._holds_locks();
+    last timestamptz := CASE WHEN holding THEN least(deadline, clock_timestamp() + interval '1 s') ELSE deadline END;
+    pause_ms numeric := CASE WHEN holding THEN 20 ELSE 200 END;
+    got timestamptz;
     endings text[];
     present text[];
+    crossed integer;
 BEGIN
     attempts := 0;
     blockers := '{}';
@@ -90,10 +103,12 @@ BEGIN
         attempts := attempts + 1;
         attempt_began := clock_timestamp();
         BEGIN
-            lock_ms := round(migrate._lock_relations(relations, modes, budget)::numeric, 1);
+            lock_ms := round(migrate._lock_relations(relations, modes, budget, holding)::numeric, 1);
+            got := clock_timestamp();
             PERFORM set_config('lock_timeout', body_budget::text, true);
             EXECUTE body INTO result;
             PERFORM set_config('lock_timeout', before, true);
+            held_ms := round((extract(epoch FROM clock_timestamp() - got) * 1000)::numeric, 1);
             IF dry_run THEN
                 PERFORM migrate._undo();
             END IF;
@@ -101,19 +116,22 @@ BEGIN
         EXCEPTION
             WHEN SQLSTATE 'MGUND' THEN RETURN;
             WHEN lock_not_available OR deadlock_detected THEN
-                SELECT array_agg(b.ending), array_agg(b.description) INTO endings, present
-                FROM migrate._blockers(caller, relations, modes, attempt_began) b;
+                SELECT array_agg(b.ending), array_agg(b.description), min(b.pid) FILTER (WHERE holding AND pg_backend_pid() = ANY (pg_blocking_pids(b.pid)))
+                INTO endings, present, crossed FROM migrate._blockers(caller, relations, modes, attempt_began) b;
         END;
         blockers := coalesce(present, blockers);
-        EXIT WHEN clock_timestamp() + pause_ms * interval '1 ms' > last;
+        -- (Who waits for what this transaction holds already cannot go away before it.)
+        EXIT WHEN crossed IS NOT NULL OR clock_timestamp() + pause_ms * interval '1 ms' > last;
         PERFORM pg_sleep(pause_ms * (0.75 + random() / 2) / 1000);
         pause_ms := least(pause_ms * 1.3, 2000);
     END LOOP;
     PERFORM migrate._raise('55P03', format('migration "%s" could not %s within cutover_timeout (%s ms)', m.name, goal, migrate._opt_ms(m.id, 'cutover_timeout')),
         concat_ws(E'\n', format('%s attempts of %s ms each (option lock_timeout) did not get their locks; nothing has changed.',
                                 attempts, budget),
-                  CASE WHEN last < deadline THEN 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer.' END,
+                  CASE WHEN holding THEN migrate._holding_detail() END,
+                  format('PID %s waits for these in turn.', crossed),
                   array_to_string(nullif(blockers, '{}'), E'\n')),
-        CASE WHEN endings[1] IS NOT NULL THEN format('Wait until it ends, or end it with %s then call this again.', endings[1])
+        CASE WHEN endings[1] IS NOT NULL AND crossed IS NULL THEN format('Wait until it ends, or end it with %s then call this again.', endings[1])
+             WHEN holding THEN migrate._together_hint()
              ELSE 'Call it again when there is less traffic.' END);
 END $$;

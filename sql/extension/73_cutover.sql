@@ -1,102 +1,15 @@
 -- The switch: one transaction that turns which side serves, in either direction. cutover goes to the target, rollback to the source;
 -- gates, barrier, locks and views are the same code.
 
--- Sequences that feed a column of a source or target (owned by it, its identity, or named in its default), with all columns on either side
--- that hold the same values.
-CREATE FUNCTION migrate._sequences(m_id integer) RETURNS TABLE (sequence regclass, relation regclass, attnum int2)
-LANGUAGE sql STABLE AS $$
-    WITH side AS (
-        SELECT f.source AS relation FROM migrate._flow f WHERE f.migration = m_id UNION SELECT f.target FROM migrate._flow f WHERE f.migration = m_id
-    ), feeds AS (
-        SELECT d.objid AS sequence, d.refobjid AS relation, d.refobjsubid AS attnum FROM side s JOIN pg_depend d ON d.refobjid = s.relation
-        WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjsubid > 0 AND d.deptype IN ('a', 'i')
-        UNION
-        SELECT d.refobjid, e.adrelid, e.adnum FROM side s JOIN pg_attrdef e ON e.adrelid = s.relation
-        JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = e.oid AND d.refclassid = 'pg_class'::regclass
-    ), bare AS (
-        SELECT p.origin, o.attnum AS origin_attnum, p.dest, p.columns[e.i] AS dest_attnum
-        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow, LATERAL migrate._view_body(p.view) b,
-             unnest(b.expressions) WITH ORDINALITY AS e(expression, i), pg_attribute o
-        WHERE f.migration = m_id AND p.direction = 'forward' AND o.attrelid = p.origin AND o.attnum > 0 AND e.expression = quote_ident(o.attname)
-        UNION
-        SELECT p.origin, k.origin_attnum, p.dest, k.dest_attnum FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow,
-             unnest(p.key_origin, p.key_dest) AS k(origin_attnum, dest_attnum)
-        WHERE f.migration = m_id AND p.direction = 'forward' AND k.origin_attnum > 0
-    ), linked AS (
-        SELECT sequence, relation, attnum FROM feeds
-        UNION SELECT x.sequence, b.dest, b.dest_attnum FROM feeds x JOIN bare b ON b.origin = x.relation AND b.origin_attnum = x.attnum
-        UNION SELECT x.sequence, b.origin, b.origin_attnum FROM feeds x JOIN bare b ON b.dest = x.relation AND b.dest_attnum = x.attnum
-    )
-    SELECT l.sequence::regclass, l.relation::regclass, l.attnum::int2
-    FROM linked l JOIN pg_class c ON c.oid = l.sequence AND c.relkind = 'S'
-$$;
-
--- The extreme value of a whole-number column (the largest, or the smallest where the sequence descends), read as the table's owner; NULL where
--- there is none. indexed_only: NULL too where it would take a scan of the table.
-CREATE FUNCTION migrate._extreme(relation regclass, attnum int2, descending boolean, indexed_only boolean) RETURNS numeric
-LANGUAGE plpgsql AS $$
-DECLARE
-    column_name name;
-BEGIN
-    SELECT a.attname INTO column_name FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-    WHERE a.attrelid = relation AND a.attnum = _extreme.attnum
-      AND coalesce(nullif(t.typbasetype, 0), t.oid) IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype);
-    IF NOT FOUND OR indexed_only AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am a ON a.oid = x.relam
-            WHERE i.indrelid = relation AND i.indkey[0] = attnum AND i.indisvalid AND i.indpred IS NULL AND a.amname = 'btree') THEN
-        RETURN NULL;
-    END IF;
-    RETURN (SELECT trunc(r[1]::numeric) FROM migrate._as(migrate._table_owner(relation), format(
-        'SELECT %s(%I)::numeric::text FROM %s WHERE %2$I::numeric <> ''NaN''', CASE WHEN descending THEN 'min' ELSE 'max' END, column_name,
-        migrate._relation_name(relation))) r);
-END $$;
-
--- As pg_sequence_last_value(), which would lock the sequence until the transaction ends (even if it is undone). Read as the sequence's
--- owner: while the name waits for a lock he may give it to a view, whose functions must not run as the extension's owner.
-CREATE FUNCTION migrate._last_value(sequence regclass) RETURNS bigint
-LANGUAGE sql AS $$
-    SELECT r[1]::bigint FROM migrate._as(migrate._table_owner(sequence),
-        format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence))) r
-$$;
-
--- Where each sequence must stand so that its next value is new on both sides: past every value of the columns and past every sequence
--- that feeds them, in its own step. beyond: that value, where the sequence cannot reach it. floors: values found earlier, by a scan.
-CREATE FUNCTION migrate._sequence_targets(m_id integer, floors jsonb DEFAULT NULL)
-RETURNS TABLE (sequence regclass, goal numeric, beyond numeric, reached numeric)
-LANGUAGE sql VOLATILE AS $$
-    WITH links AS MATERIALIZED (SELECT * FROM migrate._sequences(m_id)),
-    own AS (SELECT DISTINCT l.sequence FROM links l),
-    found AS (
-        SELECT l.sequence, migrate._extreme(l.relation, l.attnum, s.seqincrement < 0, floors IS NOT NULL) AS value
-        FROM links l JOIN pg_sequence s ON s.seqrelid = l.sequence
-        UNION ALL
-        SELECT l.sequence, migrate._last_value(k.sequence) FROM links l JOIN links k USING (relation, attnum)
-        UNION ALL
-        SELECT o.sequence, (floors ->> o.sequence::oid::text)::numeric FROM own o
-    ), best AS (
-        SELECT f.sequence, s.*, CASE WHEN s.seqincrement > 0 THEN max(f.value) ELSE min(f.value) END AS value
-        FROM found f JOIN pg_sequence s ON s.seqrelid = f.sequence GROUP BY f.sequence, s.seqrelid, s.seqtypid, s.seqstart, s.seqincrement, s.seqmax, s.seqmin, s.seqcache, s.seqcycle
-    ), stepped AS (
-        SELECT b.*, b.seqstart + ceil((b.value - b.seqstart) / b.seqincrement) * b.seqincrement AS goal, migrate._last_value(b.sequence) AS now
-        FROM best b
-    )
-    SELECT t.sequence,
-           CASE WHEN t.goal BETWEEN t.seqmin AND t.seqmax
-                 AND CASE WHEN t.seqincrement > 0 THEN t.goal > coalesce(t.now, t.seqstart - 1) ELSE t.goal < coalesce(t.now, t.seqstart + 1) END
-                THEN t.goal END,
-           CASE WHEN NOT t.seqcycle AND (t.seqincrement > 0 AND t.goal >= t.seqmax OR t.seqincrement < 0 AND t.goal <= t.seqmin) THEN t.value END,
-           t.value
-    FROM stepped t ORDER BY t.sequence::oid
-$$;
-
 -- Everything to lock, in the one order that does not deadlock with an application, which locks the view first, then its table, then the
--- table's sequence.
-CREATE FUNCTION migrate._switch_locks(m_id integer, OUT relations regclass[], OUT modes text[])
+-- table's sequence: of several migrations all views, then all tables, then all sequences.
+CREATE FUNCTION migrate._switch_locks(m_ids integer[], OUT relations regclass[], OUT modes text[])
 LANGUAGE sql STABLE AS $$
     WITH wanted AS (
-        SELECT 1 AS rank, v.view AS relation, 'ACCESS EXCLUSIVE' AS mode FROM migrate._view v JOIN pg_class c ON c.oid = v.view WHERE v.migration = m_id
+        SELECT 1 AS rank, v.view AS relation, 'ACCESS EXCLUSIVE' AS mode FROM migrate._view v JOIN pg_class c ON c.oid = v.view WHERE v.migration = ANY (m_ids)
         UNION SELECT 2, r, 'SHARE ROW EXCLUSIVE' FROM migrate._flow f, LATERAL (SELECT migrate._partition_tree(f.source) UNION
-              SELECT migrate._partition_tree(f.target)) AS t(r) WHERE f.migration = m_id
-        UNION SELECT 3, s.sequence, 'SHARE ROW EXCLUSIVE' FROM migrate._sequences(m_id) s
+              SELECT migrate._partition_tree(f.target)) AS t(r) WHERE f.migration = ANY (m_ids)
+        UNION SELECT 3, s.sequence, 'SHARE ROW EXCLUSIVE' FROM unnest(m_ids) m(id), LATERAL migrate._sequences(m.id) s
     )
     SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM wanted w
 $$;
@@ -143,22 +56,35 @@ BEGIN
     RETURN array_to_string(did || format('the %s serves', side), E'\n');
 END $$;
 
--- There and back, for a rehearsal of the rollback before the first cutover.
-CREATE FUNCTION migrate._switch_there_and_back(m_id integer, caller regrole, skipped text[], floors jsonb) RETURNS text
+-- The migrations of a switch as a JSON array, what is found out about each put in as it goes on.
+CREATE FUNCTION migrate._switch_parts(parts jsonb)
+RETURNS TABLE (place integer, id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT (u.i - 1)::integer, p.* FROM jsonb_array_elements(parts) WITH ORDINALITY AS u(part, i),
+           jsonb_to_record(u.part) AS p(id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+    ORDER BY u.i
+$$;
+
+-- The switch of all of them under the locks of all. A rehearsal of the rollback before the first cutover goes there first.
+CREATE FUNCTION migrate._switch_all(parts jsonb, caller regrole, side text, move_sequences boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
-    there text := migrate._switch_sides(m_id, caller, 'target', skipped, floors, false);
-    back text := migrate._switch_sides(m_id, caller, 'source', skipped, floors, false);
+    p record;
 BEGIN
-    RETURN there || E'\n' || back;
+    FOR p IN SELECT * FROM migrate._switch_parts(parts) x WHERE x.due LOOP
+        parts := jsonb_set(parts, ARRAY[p.place::text, 'did'], to_jsonb(concat_ws(E'\n',
+            CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, move_sequences) END,
+            migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, move_sequences))));
+        -- @point switch: one migration switched
+    END LOOP;
+    RETURN parts::text;
 END $$;
 
--- Waits, holding no lock, until nobody can see a state from before now; raises with who still does at the deadline.
-CREATE FUNCTION migrate._wait_for_snapshots(m migrate._migration, caller regrole, goal text, deadline timestamptz) RETURNS void
+-- Waits, holding no lock of this call, until nobody can see a state from before now; raises with who still does at the deadline.
+CREATE FUNCTION migrate._wait_for_snapshots(m migrate._migration, caller regrole, goal text, deadline timestamptz, without text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    began timestamptz := clock_timestamp();
-    timeout_ms bigint := extract(epoch FROM CASE WHEN migrate._holds_locks() THEN least(deadline, began + interval '1 s') ELSE deadline END - began) * 1000;
+    timeout_ms bigint := extract(epoch FROM deadline - clock_timestamp()) * 1000;
     pids integer[] := migrate._old_snapshots(greatest(timeout_ms, 0));
 BEGIN
     IF pids = '{}' THEN
@@ -167,87 +93,181 @@ BEGIN
     PERFORM pg_stat_clear_snapshot();
     PERFORM migrate._raise('55P03', format('migration "%s" could not %s within cutover_timeout (%s ms)', m.name, goal, migrate._opt_ms(m.id, 'cutover_timeout')),
         concat_ws(E'\n', 'Transactions with a snapshot from before this call would see the other side as it was then. Nothing has changed.',
+            CASE WHEN migrate._holds_locks() THEN migrate._holding_detail() END,
             (SELECT string_agg(migrate._describe_backend(caller, p) || ' holds an old snapshot', E'\n') FROM unnest(pids) p)),
-        format('Wait until they end, or end them: SELECT pg_terminate_backend(%s); where they read nothing of these tables: SELECT migrate.%s(%L, skip => ''{snapshots}'');',
-            pids[1], CASE goal WHEN 'roll back' THEN 'rollback' ELSE 'cutover' END, m.name));
+        format('Wait until they end, or end them: SELECT pg_terminate_backend(%s); where they read nothing of these tables: SELECT %s;', pids[1], without));
 END $$;
 
--- The switch from gates to commit. side: who is to serve.
-CREATE FUNCTION migrate._switch(caller regrole, name text, side text, dry_run boolean, skip text[]) RETURNS text
+-- Whether a switch has anything to do; raises where it is not allowed in this phase.
+CREATE FUNCTION migrate._switch_is_due(m migrate._migration, side text, rehearsal boolean) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
-    m migrate._migration;
-    verb text := CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END;
-    goal text := CASE side WHEN 'target' THEN 'cut over' ELSE 'roll back' END;
-    skipped text[];
-    deadline timestamptz;
-    locks record;
-    floors jsonb;
-    done record;
-    rehearsal boolean;
     starts_in text := CASE side WHEN 'target' THEN 'ready' ELSE 'cut_over' END;
     ends_in text := CASE side WHEN 'target' THEN 'cut_over' ELSE 'ready' END;
+BEGIN
+    IF m.phase = starts_in OR rehearsal THEN
+        RETURN true;
+    ELSIF m.phase = ends_in OR side = 'target' AND m.phase = 'finalized' THEN
+        RAISE NOTICE 'migration "%": the % serves already', m.name, side;
+        RETURN false;
+    END IF;
+    PERFORM migrate._raise('55000', format('migration "%s" cannot %s in phase %s', m.name, CASE side WHEN 'target' THEN 'cut over' ELSE 'roll back' END, m.phase),
+        format('It can in phase %s.', starts_in),
+        CASE WHEN m.phase = 'planned' THEN format('SELECT migrate.start(%L);', m.name)
+             WHEN m.phase = 'finalized' THEN 'After finalize there is no way back.'
+             WHEN m.phase = 'cancelled' OR side = 'source' THEN ''
+             ELSE format('CALL migrate.wait(%L);', m.name) END);
+END $$;
+
+-- As _lock(), for a switch: while this transaction keeps the application waiting, it does not itself wait long for other verbs.
+CREATE FUNCTION migrate._lock_for_switch(caller regrole, name text) RETURNS migrate._migration
+LANGUAGE plpgsql AS $$
+DECLARE
+    before text := current_setting('lock_timeout');
+    m migrate._migration;
+BEGIN
+    IF NOT migrate._holds_locks() THEN
+        RETURN migrate._lock(caller, name);
+    END IF;
+    BEGIN
+        PERFORM set_config('lock_timeout', '500ms', true);
+        m := migrate._lock(caller, name);
+        PERFORM set_config('lock_timeout', before, true);
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        PERFORM migrate._raise('55P03', format('migration "%s" is in use by another verb or a worker', name), migrate._holding_detail(), migrate._together_hint());
+    END;
+    RETURN m;
+END $$;
+
+-- The switch of one or several migrations, all or none, from gates to commit. side: who is to serve. The options lock_timeout and
+-- cutover_timeout are those of the first.
+CREATE FUNCTION migrate._switch(caller regrole, names text[], side text, dry_run boolean, skip text[]) RETURNS text
+LANGUAGE plpgsql AS $$
+DECLARE
+    verb text := CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END;
+    goal text := CASE side WHEN 'target' THEN 'cut over' ELSE 'roll back' END;
+    parts jsonb;
+    first migrate._migration;
+    deadline timestamptz;
+    locks record;
+    done record;
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' AND current_setting('transaction_isolation') <> 'read uncommitted' THEN
         PERFORM migrate._raise('25001', format('%s cannot run at isolation level %s', verb, current_setting('transaction_isolation')),
             'Its snapshot would be older than the switch.', 'Call it at isolation level READ COMMITTED.');
+    ELSIF coalesce(cardinality(names), 0) = 0 THEN
+        PERFORM migrate._raise('22023', format('%s needs the name of a migration', verb));
     END IF;
-    m := migrate._lock(caller, name);
-    skipped := migrate._skipped_gates(m, coalesce(skip, '{}'));
-    rehearsal := side = 'source' AND m.phase = 'ready' AND dry_run;
-    IF (m.phase = ends_in OR side = 'target' AND m.phase = 'finalized') AND NOT rehearsal THEN
-        RAISE NOTICE 'migration "%": the % serves already', m.name, side;
-        RETURN format('%s -> %s', m.phase, m.phase);
-    ELSIF m.phase <> starts_in AND NOT rehearsal THEN
-        PERFORM migrate._raise('55000', format('migration "%s" cannot %s in phase %s', m.name, goal, m.phase),
-            format('It can in phase %s.', starts_in),
-            CASE WHEN m.phase = 'planned' THEN format('SELECT migrate.start(%L);', m.name)
-                 WHEN m.phase = 'finalized' THEN 'After finalize there is no way back.'
-                 WHEN m.phase = 'cancelled' OR side = 'source' THEN ''
-                 ELSE format('CALL migrate.wait(%L);', m.name) END);
+    parts := migrate._lock_for_switch(caller, names, side, dry_run, coalesce(skip, '{}'));
+    SELECT x.* INTO first FROM migrate._switch_parts(parts) p JOIN migrate._migration x USING (id) WHERE p.due ORDER BY p.name <> names[1], p.place LIMIT 1;
+    IF NOT FOUND THEN
+        RETURN migrate._switch_answer(names, parts, dry_run, side, NULL);
     END IF;
-
-    deadline := clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms';
+    goal := goal || coalesce(' together with ' || (SELECT string_agg(format('"%s"', p.name), ', ' ORDER BY p.place) FROM migrate._switch_parts(parts) p
+                                                   WHERE p.due AND p.id <> first.id), '');
+    deadline := clock_timestamp() + migrate._opt_ms(first.id, 'cutover_timeout') * interval '1 ms';
+    IF migrate._holds_locks() THEN
+        deadline := least(deadline, clock_timestamp() + interval '1 s');
+    END IF;
     BEGIN  -- undone, so that no lock of what is read here stays
-        PERFORM migrate._require_gates(m, caller, CASE WHEN rehearsal THEN 'target' ELSE side END, false, skipped);
-        SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') INTO floors FROM migrate._sequence_targets(m.id) t;
-        SELECT * INTO locks FROM migrate._switch_locks(m.id);
+        parts := migrate._switch_gates(parts, caller, side);
+        SELECT * INTO locks FROM migrate._switch_locks(ARRAY(SELECT p.id FROM migrate._switch_parts(parts) p WHERE p.due));
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     -- @point switch: gates checked
-    IF 'snapshots' <> ALL (skipped) THEN
-        PERFORM migrate._wait_for_snapshots(m, caller, goal, deadline);
+    IF EXISTS (SELECT FROM migrate._switch_parts(parts) p WHERE p.due AND 'snapshots' <> ALL (p.skipped)) THEN
+        PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,
+            CASE cardinality(names) WHEN 1 THEN quote_literal(names[1]) ELSE format('%L::text[]', names) END));
     END IF;
     -- @point switch: old snapshots gone
-    SELECT * INTO done FROM migrate._under_locks(m, caller, goal, locks.relations, locks.modes,
-        CASE WHEN rehearsal THEN format('SELECT migrate._switch_there_and_back(%s, %L, %L, %L)', m.id, caller, skipped, floors)
-             ELSE format('SELECT migrate._switch_sides(%s, %L, %L, %L, %L, %L)', m.id, caller, side, skipped, floors, NOT dry_run) END,
-        deadline, dry_run);
-    IF dry_run THEN
-        RETURN format(E'%s -> %s (dry run: undone)\n%s', m.phase, m.phase, migrate._switch_report(CASE WHEN rehearsal THEN 'target' ELSE side END, skipped, locks.relations, locks.modes, done.result));
+    SELECT * INTO done FROM migrate._under_locks(first, caller, goal, locks.relations, locks.modes,
+        format('SELECT migrate._switch_all(%L, %L, %L, %L)', parts, caller, side, NOT dry_run), deadline, dry_run);
+    parts := done.result::jsonb;
+    IF NOT dry_run THEN
+        PERFORM migrate._event(m, caller, verb, format('attempts: %s; waited for locks: %s ms; last blockers: %s; gates skipped: %s; %s', done.attempts, done.lock_ms,
+            coalesce(array_to_string(nullif(done.blockers, '{}'), ', '), 'none'), coalesce(array_to_string(nullif(p.skipped, '{}'), ', '), 'none'),
+            replace(p.did, E'\n', '; '))) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due;
     END IF;
-    PERFORM migrate._event(m, caller, verb, format('attempts: %s; waited for locks: %s ms; last blockers: %s; gates skipped: %s; %s', done.attempts, done.lock_ms,
-        coalesce(array_to_string(nullif(done.blockers, '{}'), ', '), 'none'), coalesce(array_to_string(nullif(skipped, '{}'), ', '), 'none'),
-        replace(done.result, E'\n', '; ')));
     -- @point switch: event written
-    RETURN format('%s -> %s', m.phase, ends_in);
+    RETURN migrate._switch_answer(names, parts, dry_run, side,
+        format('locks: all got at attempt %s within %s ms, held for %s ms', done.attempts, done.lock_ms, done.held_ms));
 END $$;
 
-CREATE FUNCTION migrate._switch_report(side text, skipped text[], relations regclass[], modes text[], did text) RETURNS text
+-- Locks the migrations, in the order of their IDs, so that two calls do not wait for each other. While this transaction keeps the
+-- application waiting, it does not itself wait long for other verbs. Gives the parts.
+CREATE FUNCTION migrate._lock_for_switch(caller regrole, names text[], side text, dry_run boolean, skip text[]) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    before text := current_setting('lock_timeout');
+    n record;
+    m migrate._migration;
+    rehearsal boolean;
+    parts jsonb := '[]';
+BEGIN
+    IF migrate._holds_locks() THEN
+        PERFORM set_config('lock_timeout', '500ms', true);
+    END IF;
+    FOR n IN SELECT DISTINCT u.name, x.id FROM unnest(names) u(name) LEFT JOIN migrate._migration x ON x.name = u.name ORDER BY x.id, u.name LOOP
+        m := migrate._lock(caller, n.name);
+        rehearsal := side = 'source' AND m.phase = 'ready' AND dry_run;
+        parts := parts || jsonb_build_object('id', m.id, 'name', m.name, 'phase', m.phase, 'due', migrate._switch_is_due(m, side, rehearsal),
+                                             'rehearsal', rehearsal, 'skipped', migrate._skipped_gates(m, skip));
+    END LOOP;
+    PERFORM set_config('lock_timeout', before, true);
+    RETURN parts;
+EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+    IF migrate._holds_locks() THEN
+        PERFORM migrate._raise('55P03', format('migration "%s" is in use by another verb or a worker', n.name), migrate._holding_detail(), migrate._together_hint());
+    END IF;
+    RAISE;
+END $$;
+
+-- Raises with the gates that do not pass; gives the parts with what is to be locked and where their sequences must go at least.
+CREATE FUNCTION migrate._switch_gates(parts jsonb, caller regrole, side text) RETURNS jsonb
+LANGUAGE plpgsql AS $$
+DECLARE
+    p record;
+BEGIN
+    FOR p IN SELECT x.*, m AS migration FROM migrate._switch_parts(parts) x JOIN migrate._migration m USING (id) WHERE x.due ORDER BY x.place LOOP
+        PERFORM migrate._require_gates(p.migration, caller, CASE WHEN p.rehearsal THEN 'target' ELSE side END, false, p.skipped);
+        parts := jsonb_set(parts, ARRAY[p.place::text, 'floors'],
+            (SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') FROM migrate._sequence_targets(p.id) t));
+        parts := jsonb_set(parts, ARRAY[p.place::text, 'locks'], (SELECT to_jsonb(string_agg(format('locked: %s, %s', u.relation, u.mode), E'\n' ORDER BY u.i))
+            FROM migrate._switch_locks(ARRAY[p.id]) l, unnest(l.relations, l.modes) WITH ORDINALITY AS u(relation, mode, i)));
+    END LOOP;
+    RETURN parts;
+END $$;
+
+-- What the verb answers: the phase before and after, of several each with its name, in the order in which they were named.
+CREATE FUNCTION migrate._switch_answer(names text[], parts jsonb, dry_run boolean, side text, attempt text) RETURNS text
+LANGUAGE sql AS $$
+    SELECT string_agg(CASE WHEN cardinality(names) > 1 THEN p.name || ': ' ELSE '' END || CASE
+        WHEN NOT p.due THEN format('%s -> %1$s', p.phase)
+        WHEN dry_run THEN format(E'%s -> %1$s (dry run: undone)\n', p.phase) || migrate._switch_report(CASE WHEN p.rehearsal THEN 'target' ELSE side END, p.skipped, p.locks, p.did, attempt)
+        ELSE format('%s -> %s', p.phase, CASE side WHEN 'target' THEN 'cut_over' ELSE 'ready' END) END, E'\n' ORDER BY array_position(names, p.name))
+    FROM migrate._switch_parts(parts) p
+$$;
+
+CREATE FUNCTION migrate._switch_report(side text, skipped text[], locks text, did text, attempt text) RETURNS text
 LANGUAGE sql AS $$
     SELECT concat_ws(E'\n',
         (SELECT string_agg(CASE WHEN g = ANY (skipped) THEN 'skipped: gate ' ELSE 'passed: gate ' END || g, E'\n' ORDER BY i)
          FROM unnest(migrate._gates_of(side)) WITH ORDINALITY AS n(g, i)),
-        (SELECT string_agg(format('locked: %s, %s', u.relation, u.mode), E'\n' ORDER BY i) FROM unnest(relations, modes) WITH ORDINALITY AS u(relation, mode, i)),
-        'done: ' || replace(did, E'\n', E'\ndone: '))
+        locks, 'done: ' || replace(did, E'\n', E'\ndone: '), attempt)
 $$;
 
 CREATE FUNCTION migrate._cutover(caller regrole, name text, dry_run boolean DEFAULT false, skip text[] DEFAULT '{}') RETURNS text
-LANGUAGE sql AS $$ SELECT migrate._switch(caller, name, 'target', coalesce(dry_run, false), skip) $$;
+LANGUAGE sql AS $$ SELECT migrate._switch(caller, ARRAY[name], 'target', coalesce(dry_run, false), skip) $$;
+
+CREATE FUNCTION migrate._cutover(caller regrole, names text[], dry_run boolean DEFAULT false, skip text[] DEFAULT '{}') RETURNS text
+LANGUAGE sql AS $$ SELECT migrate._switch(caller, names, 'target', coalesce(dry_run, false), skip) $$;
 
 CREATE FUNCTION migrate._rollback(caller regrole, name text, dry_run boolean DEFAULT false, skip text[] DEFAULT '{}') RETURNS text
-LANGUAGE sql AS $$ SELECT migrate._switch(caller, name, 'source', coalesce(dry_run, false), skip) $$;
+LANGUAGE sql AS $$ SELECT migrate._switch(caller, ARRAY[name], 'source', coalesce(dry_run, false), skip) $$;
+
+CREATE FUNCTION migrate._rollback(caller regrole, names text[], dry_run boolean DEFAULT false, skip text[] DEFAULT '{}') RETURNS text
+LANGUAGE sql AS $$ SELECT migrate._switch(caller, names, 'source', coalesce(dry_run, false), skip) $$;
 
 -- Which side serves. Applications poll this, so it takes no lock; whoever may read one of the tables or views may ask.
 CREATE FUNCTION migrate._serves(caller regrole, name text) RETURNS text

@@ -59,28 +59,46 @@ LANGUAGE sql STABLE AS $$
         ORDER BY 1) x
 $$;
 
--- What goes with a column by itself: indexes, constraints, owned sequences.
-CREATE FUNCTION migrate._goes_along(relation oid, column_name text) RETURNS text
+-- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies.
+CREATE FUNCTION migrate._goes_along(relation oid, column_name text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce(', with ' || string_agg(DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid), ', '), '')
-    FROM pg_depend d JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
-    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND a.attname = column_name AND d.deptype = 'a'
-      AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass)
+    FROM pg_depend d LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND (column_name IS NULL OR a.attname = column_name) AND d.deptype = 'a'
+      AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass)
 $$;
 
--- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it.
-CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regclass) RETURNS void
+-- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it: as an error,
+-- or, where `report`, as text.
+CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regclass, column_name text, report boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     dependents text;
     hints text := migrate._drop_hints(ARRAY[relation]);
+    along text := migrate._goes_along(relation, column_name);
 BEGIN
     EXECUTE command;
+    RETURN what || ' is dropped' || along;
 EXCEPTION WHEN dependent_objects_still_exist THEN
     GET STACKED DIAGNOSTICS dependents = PG_EXCEPTION_DETAIL;
+    IF report THEN
+        RETURN format(E'%s cannot be dropped:\n%s\n%s', what, dependents, hints);
+    END IF;
     PERFORM migrate._raise('2BP01', format('%s cannot be dropped because other objects depend on it', what),
         dependents || E'\nNothing was finalized.', hints);
 END $$;
+
+-- The migration's own objects, which finalize drops.
+CREATE FUNCTION migrate._finalize_list(m_id integer) RETURNS SETOF text
+LANGUAGE sql STABLE AS $$
+    SELECT l.line FROM (
+        SELECT 1 AS rank, format('trigger %I on %s', g.tgname, g.tgrelid::regclass) AS line FROM pg_trigger g JOIN migrate._mapping p
+            ON g.tgname IN (format('!migrate_%s_%s_row', p.flow, p.direction), format('!migrate_%s_%s_flush', p.flow, p.direction), format('!migrate_%s_%s_truncate', p.flow, p.direction))
+        JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND g.tgparentid = 0 AND NOT g.tgisinternal
+        UNION ALL
+        SELECT 2, format('%s mapping, view %s', p.direction, p.view) FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id
+    ) l ORDER BY l.rank, l.line
+$$;
 
 -- Sequences of a table that is to go, on which a default elsewhere still depends: they go over to that column, or to nobody where
 -- owner or schema differ.
@@ -106,12 +124,12 @@ BEGIN
     END LOOP;
 END $$;
 
--- Under the locks. `columns` is a JSON array of {relation, column_name}.
-CREATE FUNCTION migrate._finalize_now(m_id integer, caller regrole, drop_source boolean, columns jsonb) RETURNS text
+-- Under the locks. `columns` is a JSON array of {relation, column_name}. dry_run: gives more lines, and goes on where a DROP is refused.
+CREATE FUNCTION migrate._finalize_now(m_id integer, caller regrole, drop_source boolean, columns jsonb, dry_run boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
-    did text[] := '{}';
+    did text[] := CASE WHEN dry_run THEN ARRAY(SELECT l || ' is dropped' FROM migrate._finalize_list(m_id) l) ELSE '{}' END;
     r record;
 BEGIN
     IF m.phase <> 'finalized' THEN
@@ -129,21 +147,19 @@ BEGIN
         did := did || 'dual writes and mapping views are removed'::text;
     END IF;
     FOR r IN SELECT * FROM jsonb_to_recordset(columns) AS c(relation oid, column_name text) LOOP
-        did := did || (format('column %I of %s is dropped', r.column_name, r.relation::regclass) || migrate._goes_along(r.relation, r.column_name));
-        PERFORM migrate._drop_restricted(format('ALTER TABLE %s DROP COLUMN %I', migrate._relation_name(r.relation), r.column_name),
-                                         format('column "%s" of %s', r.column_name, r.relation::regclass), r.relation);
+        did := did || migrate._drop_restricted(format('ALTER TABLE %s DROP COLUMN %I', migrate._relation_name(r.relation), r.column_name),
+                                               format('column "%s" of %s', r.column_name, r.relation::regclass), r.relation, r.column_name, dry_run);
         -- @point finalize: column dropped
     END LOOP;
-    FOR r IN SELECT DISTINCT f.source AS relation, f.source::text AS name FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
+    FOR r IN SELECT DISTINCT f.source AS relation FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
              WHERE f.migration = m_id AND drop_source LOOP
         PERFORM migrate._keep_sequences(r.relation);
-        PERFORM migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.name, r.relation);
-        did := did || format('table %s is dropped', r.name);
+        did := did || migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.relation::regclass, r.relation, NULL, dry_run);
         -- @point finalize: source dropped
     END LOOP;
     PERFORM migrate._event(m, caller, 'finalize', array_to_string(did, '; '));
     -- @point finalize: event written
-    RETURN array_to_string(did, '; ');
+    RETURN array_to_string(did, CASE WHEN dry_run THEN E'\n' ELSE '; ' END);
 END $$;
 
 CREATE FUNCTION migrate._drop_mapping_views(m_id integer) RETURNS void
@@ -157,14 +173,17 @@ BEGIN
     DELETE FROM migrate._mapping p USING migrate._flow f WHERE f.id = p.flow AND f.migration = m_id;
 END $$;
 
-CREATE FUNCTION migrate._finalize(caller regrole, name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL) RETURNS text
+CREATE FUNCTION migrate._finalize(caller regrole, name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL,
+                                  dry_run boolean DEFAULT false) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
     columns jsonb;
     tables regclass[];
     done record;
+    refused text;
 BEGIN
+    dry_run := coalesce(dry_run, false);
     drop_source := coalesce(drop_source, false);
     drop_columns := coalesce(drop_columns, '{}');
     IF m.phase = 'finalized' AND drop_columns <> '{}' THEN
@@ -181,7 +200,14 @@ BEGIN
         PERFORM migrate._raise('22023', 'drop_source and drop_columns exclude each other', 'The columns go with the table.');
     END IF;
     IF m.phase = 'cut_over' THEN
-        PERFORM migrate._require_window_closed(m, force);
+        BEGIN
+            PERFORM migrate._require_window_closed(m, force);
+        EXCEPTION WHEN object_not_in_prerequisite_state THEN
+            IF NOT dry_run THEN
+                RAISE;
+            END IF;
+            refused := 'refused now: ' || sqlerrm;
+        END;
     END IF;
     PERFORM migrate._require_restored(m, 'finalized');
     BEGIN  -- undone, so that no lock of what is read here stays
@@ -194,8 +220,12 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     SELECT * INTO done FROM migrate._under_locks(m, caller, 'be finalized', tables, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
-        format('SELECT migrate._finalize_now(%s, %L, %L, %L)', m.id, caller, drop_source, columns),
-        clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+        format('SELECT migrate._finalize_now(%s, %L, %L, %L, %L)', m.id, caller, drop_source, columns, dry_run),
+        clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms', dry_run);
+    IF dry_run THEN
+        RETURN concat_ws(E'\n', format('%s -> %s (dry run: undone)', m.phase, m.phase), refused, done.result,
+            format('locks: all got at attempt %s within %s ms, held for %s ms', done.attempts, done.lock_ms, done.held_ms));
+    END IF;
     RETURN format('%s -> finalized: %s', m.phase, done.result);
 END $$;
 

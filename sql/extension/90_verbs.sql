@@ -74,15 +74,23 @@ COMMENT ON FUNCTION migrate.shadow IS 'shadow reads at a sample rate (share of k
 
 CREATE FUNCTION migrate.cutover(name text, dry_run boolean DEFAULT false, skip text[] DEFAULT '{}')
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.cutover IS 'makes the target the side that serves; skip names gates to pass over';
+COMMENT ON FUNCTION migrate.cutover(text, boolean, text[]) IS 'makes the target the side that serves; skip names gates to pass over';
+
+CREATE FUNCTION migrate.cutover(names text[], dry_run boolean DEFAULT false, skip text[] DEFAULT '{}')
+RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
+COMMENT ON FUNCTION migrate.cutover(text[], boolean, text[]) IS 'cuts several migrations over at once, all or none';
 
 CREATE FUNCTION migrate.rollback(name text, dry_run boolean DEFAULT false, skip text[] DEFAULT '{}')
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.rollback IS 'makes the source the side that serves again; nothing is lost';
+COMMENT ON FUNCTION migrate.rollback(text, boolean, text[]) IS 'makes the source the side that serves again; nothing is lost';
 
-CREATE FUNCTION migrate.finalize(name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL)
+CREATE FUNCTION migrate.rollback(names text[], dry_run boolean DEFAULT false, skip text[] DEFAULT '{}')
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.finalize IS 'ends the rollback window: drops the triggers and, on demand, the source table or columns of it; force takes the migration''s own name';
+COMMENT ON FUNCTION migrate.rollback(text[], boolean, text[]) IS 'rolls several migrations back at once, all or none';
+
+CREATE FUNCTION migrate.finalize(name text, drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', force text DEFAULT NULL, dry_run boolean DEFAULT false)
+RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
+COMMENT ON FUNCTION migrate.finalize IS 'ends the rollback window: drops the triggers and, on demand, the source table or columns of it; force takes the migration''s own name; dry_run lists all that would be dropped';
 
 CREATE FUNCTION migrate.drop(name text)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
