@@ -129,7 +129,7 @@ BEGIN
         concat_ws(E'\n', format('%s attempts of %s ms each (option lock_timeout) did not get their locks; nothing has changed.',
                                 attempts, budget),
                   CASE WHEN holding THEN migrate._holding_detail() END,
-                  format('PID %s waits for these in turn.', crossed),
+                  'PID ' || crossed || ' waits for these in turn.',
                   array_to_string(nullif(blockers, '{}'), E'\n')),
         CASE WHEN endings[1] IS NOT NULL AND crossed IS NULL THEN format('Wait until it ends, or end it with %s then call this again.', endings[1])
              WHEN holding THEN migrate._together_hint()

@@ -119,26 +119,6 @@ BEGIN
              ELSE format('CALL migrate.wait(%L);', m.name) END);
 END $$;
 
--- As _lock(), for a switch: while this transaction keeps the application waiting, it does not itself wait long for other verbs.
-CREATE FUNCTION migrate._lock_for_switch(caller regrole, name text) RETURNS migrate._migration
-LANGUAGE plpgsql AS $$
-DECLARE
-    before text := current_setting('lock_timeout');
-    m migrate._migration;
-BEGIN
-    IF NOT migrate._holds_locks() THEN
-        RETURN migrate._lock(caller, name);
-    END IF;
-    BEGIN
-        PERFORM set_config('lock_timeout', '500ms', true);
-        m := migrate._lock(caller, name);
-        PERFORM set_config('lock_timeout', before, true);
-    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
-        PERFORM migrate._raise('55P03', format('migration "%s" is in use by another verb or a worker', name), migrate._holding_detail(), migrate._together_hint());
-    END;
-    RETURN m;
-END $$;
-
 -- The switch of one or several migrations, all or none, from gates to commit. side: who is to serve. The options lock_timeout and
 -- cutover_timeout are those of the first.
 CREATE FUNCTION migrate._switch(caller regrole, names text[], side text, dry_run boolean, skip text[]) RETURNS text

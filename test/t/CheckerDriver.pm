@@ -141,21 +141,29 @@ sub reach
 	return 0;
 }
 
-# Repeats a verb until the phase is as wanted; its outcome is read from the catalog, as an interrupted call's must be.
+# Repeats a verb until the phase is as wanted; its outcome is read from the catalog, as an interrupted call's must be. A polite
+# verb may be refused as long as there is such a load as this: after a minute everybody has to rest.
 sub switch_to
 {
 	my ($self, $call, $wanted) = @_;
-	my $until = time() + 120;
+	my ($until, $busy) = (time() + 180, time() + 60);
 	until ($self->failed)
 	{
 		if (scalar($self->phase) =~ /^($wanted)$/)
 		{
+			$self->move_on unless $busy;
 			$self->flag('switched', 1);
 			$self->{count}{switches}++;
 			return 1;
 		}
 		$self->verb($call);
 		$self->verb("resume('$self->{migration}')") if defined(($self->phase)[1]);
+		if ($busy && time() > $busy && !-e "$self->{dir}/pause")
+		{
+			$busy = 0;
+			$self->{count}{'switches at rest'}++;
+			$self->come_to_rest or return 0;
+		}
 		$self->fault("$call: phase $wanted is not reached: " . ($self->{db}->errstr // '')) if time() > $until;
 	}
 	return 0;
