@@ -22,7 +22,7 @@ END $$;
 SELECT migrate.define('users_to_profiles', source => 'users', target => 'user_profiles',
     mapping => $$ id AS user_id, slow(name, id) AS display_name, coalesce(bio, '') AS bio, created_at $$,
     reverse => $$ user_id AS id, display_name AS name, bio, created_at $$, on_target_delete => 'delete');
-SELECT migrate.set('users_to_profiles', 'batch_size', '100'), migrate.set('users_to_profiles', 'batch_time', '10 ms'), migrate.set('users_to_profiles', 'shadow_rate', '0.05'), migrate.set('users_to_profiles', 'shadow_time', '20 s');
+SELECT migrate.set('users_to_profiles', 'batch_size', '100'), migrate.set('users_to_profiles', 'batch_time', '10 ms'), migrate.set('users_to_profiles', 'max_rows_per_second', '400'), migrate.set('users_to_profiles', 'shadow_rate', '0.05'), migrate.set('users_to_profiles', 'shadow_time', '20 s');
 CREATE TABLE hot (id int PRIMARY KEY, n int NOT NULL);
 INSERT INTO hot SELECT i, 0 FROM generate_series(1, 20) i;
 SQL
@@ -77,6 +77,19 @@ sub hot_pages
 
 my $control = hot_pages();
 
+# (Where the machine is busy with something else a batch may last, so there is more than one look.)
+sub stays_small
+{
+	my $pages;
+	for (1 .. 4)
+	{
+		$pages = hot_pages();
+		last if $pages <= 3 * $control + 6;
+	}
+	cmp_ok($pages, '<=', 3 * $control + 6, "the hot table has not grown ($control pages before)");
+	return;
+}
+
 # CALL wait() is there all the time.
 my ($shown, $waited) = ('', '');
 my $waiting = IPC::Run::start([ 'psql', '-X', '-At', '-d', $node->connstr('postgres') . ' application_name=dba', '-c', "CALL migrate.wait('users_to_profiles')" ],
@@ -88,12 +101,13 @@ SELECT string_agg(format('%s: %s pages', oid::regclass, pg_relation_size(oid) / 
 WHERE relnamespace = 'migrate'::regnamespace AND relkind = 'r' AND pg_relation_size(oid) > 12 * 8192
 SQL
 note($node->safe_psql('postgres', "SELECT count(*) || ' events' FROM migrate._event"), ', ', $node->safe_psql('postgres', "SELECT n_tup_upd || ' updates of the range' FROM pg_stat_user_tables WHERE relid = 'migrate._range'::regclass"));
-cmp_ok(hot_pages(), '<=', 3 * $control + 6, "the hot table has not grown ($control pages before)");
+stays_small();
 
 # Enough of small batches. Rows of the application's that stay locked: the backfill ends with them.
 my $holder = background($node);
 # (Written, though nothing that is mapped changes: a batch that locks no row copies one that is merely locked.)
 $holder->query_safe($_) for 'BEGIN', "UPDATE users SET name = name WHERE id > $rows - 200";
+$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'max_rows_per_second', 'none')");
 wait_for($node, 'the rows that are locked are waited for', "SELECT throttled_by LIKE 'waiting for 200 locked rows%' FROM migrate.progress")
   or diag($node->safe_psql('postgres', 'SELECT * FROM migrate.progress'));
 
@@ -114,7 +128,7 @@ moves_on('shadow reads', in_phase('shadowing'), 2);
 wait_phase($node, 'ready');
 $waiting->finish;
 like($waited, qr/ready/, 'wait() came to its end');
-cmp_ok(hot_pages(), '<=', 3 * $control + 6, "the hot table has not grown ($control pages before)");
+stays_small();
 # A validation that takes long holds up no other verb.
 my $dba = background($node);
 $dba->query_safe($_) for 'BEGIN', "SELECT verdict FROM migrate.validate('users_to_profiles', 'counts')";
