@@ -116,12 +116,13 @@ sub may_get
 {
 	my ($self, $state, $kind, $ours) = @_;
 	my $snapshot = $self->{level} ne 'READ COMMITTED';
-	# (A foreign key's check finds what the transaction's snapshot shows of a key, though another row has it since; a deferrable
-	# key's row of the target may be somebody else's at this moment.)
+	# (README, Limits: a foreign key's check finds what the transaction's snapshot shows of a key, though another row has it since; a
+	# deferrable key's row of the target may be somebody else's at this moment; above READ COMMITTED a write by SQL may meet one.)
 	my $passed_on = $self->{schema}{strict} || -e "$self->{dir}/switching";
+	my $in_limits = $passed_on || $self->{schema}{deferrable};
 	my %fine = (
-		'40P01' => !$ours || -e "$self->{dir}/switching",    # who writes to both sides at once may meet himself
-		'40001' => $ours ? $self->{level} eq 'SERIALIZABLE' || $snapshot && $passed_on && ($self->{schema}{foreign_key} || $self->{schema}{deferrable}) : $snapshot || $self->{schema}{partitioned},
+		'40P01' => !$ours || $in_limits,    # who writes to both sides at once may meet himself
+		'40001' => $ours ? $self->{level} eq 'SERIALIZABLE' || $snapshot && ($in_limits || $self->{schema}{partitioned}) : $snapshot || $self->{schema}{partitioned},
 		'23505' => !$ours,
 		'55P03' => $kind eq 'truncate' && !$ours,
 		'55006' => $kind eq 'truncate' && !$ours && $self->{schema}{deferrable},    # checks of the key are still to come
