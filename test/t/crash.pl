@@ -9,17 +9,7 @@ use MigrateTest;
 use Test::More;
 
 my $rows = 100_000;
-my $writes = <<"SQL";
-\\set id random(1, $rows)
-\\set kind random(1, 4)
-\\if :kind <= 2
-UPDATE users SET name = 'name ' || :kind, bio = md5(random()::text) WHERE id = :id;
-\\elif :kind <= 3
-INSERT INTO users (name, bio) VALUES ('new user', 'hello');
-\\else
-DELETE FROM users WHERE id = :id;
-\\endif
-SQL
+my $writes = writing_users("random(1, $rows)");
 
 # Brings a throttled backfill into its middle. So slow that it is not over, whatever time three crashes and the looks between them take.
 sub reach_middle
