@@ -203,7 +203,7 @@ sub fresh
 {
 	my ($life, $references) = @_;
 	$life->{number}++;
-	@$life{qw(phase cutovers references expected)} = ('planned', 0, $references, {});
+	@$life{qw(phase cutovers references emptied expected)} = ('planned', 0, $references, 0, {});
 	my $key = $references ? 'REFERENCES users (id)' : '';
 	return <<"SQL";
 SET client_min_messages = warning;
@@ -307,7 +307,7 @@ sub recover
 	$sql .= "UPDATE users SET name = 'mended' WHERE name = 'refused';\n" if $t->{run} =~ /refused/;
 	$life->{phase} = $after;
 	$life->{cutovers}++ if $after eq 'cut_over' && $t->{from} eq 'ready';
-	$life->{expected} = {} if $t->{empties};
+	@$life{qw(emptied expected)} = (1, {}) if $t->{empties};
 	my $goal = $after eq 'cut_over' ? 'cut_over' : 'ready';
 	my $settle = "CALL settle('$goal', $idle);\n" . comparison($life);
 	my ($failed, $error, $out) = run_sql($node, $sql . ($ended ? '' : $settle));

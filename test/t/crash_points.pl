@@ -167,7 +167,7 @@ sub distance
 {
 	my ($t) = @_;
 	my $here = $life->{phase};
-	my $fits = !($t->{once} && $life->{cutovers}) && !($t->{no_key} && $life->{references});
+	my $fits = !($t->{once} && $life->{cutovers}) && !($t->{no_key} && $life->{references}) && !$life->{emptied};
 	return 9 if !$fits || $here =~ /^(none|finalized|cancelled)$/ && $here ne $t->{from};
 	return $t->{ends} ? 3 : $t->{once} ? 0 : 1 if $here eq $t->{from};
 	return 2 if $here eq 'planned' && $t->{from} eq 'ready' || "$here $t->{from}" =~ /^(ready cut_over|cut_over ready)$/ && !$t->{ends} && !$t->{once};
