@@ -16,6 +16,10 @@ constexpr int kStatementSubtransactions = 32, kCommitSubtransactions = 24;
 int subtransactions = 0;
 int subtransaction_limit = kStatementSubtransactions;
 
+bool none_left() {
+    return subtransactions >= subtransaction_limit;
+}
+
 // A migration that this transaction has recorded failures of, to be retried by a worker; 0: none. (Of several, one will
 // do: while there are failures its worker stays, and the others' next failure starts theirs.)
 int32 failed_migration = 0;
@@ -107,7 +111,7 @@ bool clear_way(Mapping *m, const KeyList &list, int key, const ErrorData *error)
 void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int to, const char *last_state,
                      const char *last_object) {
     const bool urgent = is_urgent(m, write);
-    if (subtransactions >= subtransaction_limit) {
+    if (none_left()) {
         if (m->on_failure == OnFailure::kRaise) return apply_plainly(m, write, list, from, to);
         if (!urgent) return record_failures(m, list, from, to, last_state ? last_state : "53400", last_object);
     }
@@ -146,12 +150,11 @@ bool replace(Mapping *m, const Touched &touched) {
             });
         DEBUG_POINT("dual write: keys replaced");
     };
-    const bool exhausted = subtransactions >= subtransaction_limit;
-    if (!needs_subtransaction(m) || (exhausted && m->on_failure == OnFailure::kRaise)) {
+    if (is_exhausted(m)) return false;
+    if (!needs_subtransaction(m) || none_left()) {
         step();
         return true;
     }
-    if (exhausted) return false;
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
     if (error && must_pass_on(m, false, error)) ReThrowError(error);
@@ -178,7 +181,7 @@ void apply_list(Mapping *m, Write write, const KeyList &list) {
 }
 
 bool is_exhausted(const Mapping *m) {
-    return m->on_failure == OnFailure::kRecord && needs_subtransaction(m) && subtransactions >= subtransaction_limit;
+    return m->on_failure == OnFailure::kRecord && needs_subtransaction(m) && none_left();
 }
 
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.

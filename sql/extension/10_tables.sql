@@ -172,7 +172,7 @@ CREATE TABLE migrate._requeue (
     key  text[] NOT NULL,
     at   timestamptz NOT NULL DEFAULT now()
 );
-CREATE INDEX ON migrate._requeue (flow);
+CREATE INDEX ON migrate._requeue (flow, at);
 COMMENT ON TABLE migrate._requeue IS 'keys that a batch skipped because the application held their row lock';
 
 -- Append-only for writers: no unique key, for a conflict here would be a new error in the application's transaction.

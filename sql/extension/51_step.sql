@@ -172,7 +172,8 @@ BEGIN
     ELSIF j.worker > 0 THEN
         RETURN migrate._wait_job(m, j.worker, NULL);
     ELSE
-        SELECT q.flow INTO j.flow FROM migrate._requeue q JOIN migrate._flow f ON f.id = q.flow WHERE f.migration = m.id ORDER BY q.at LIMIT 1;
+        SELECT f.id INTO j.flow FROM migrate._flow f, LATERAL (SELECT x.at FROM migrate._requeue x WHERE x.flow = f.id ORDER BY x.at LIMIT 1) q
+        WHERE f.migration = m.id ORDER BY q.at LIMIT 1;
         IF NOT FOUND AND migrate._is_restoring(m.id) THEN
             RETURN migrate._choose_restore(m, j);
         END IF;

@@ -71,14 +71,16 @@ DECLARE
     keys text[];
     locked text[];
     rest bigint;
-    queued bigint := (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow);
     -- Few where rows are large: they are read and written all at once.
     portion CONSTANT bigint := CASE WHEN migrate._batch_bytes((SELECT f.source FROM migrate._flow f WHERE f.id = _run_requeue.flow)) IS NULL THEN 1000 ELSE 20 END;
-    portions bigint := greatest((queued + portion - 1) / portion, 1);
+    behind bigint := 0;
 BEGIN
+    IF tries > 1 THEN  -- (Counted only where somebody holds locks: each portion of a long queue would look at all of it.)
+        behind := portion * ((tries - 1) % greatest((SELECT (count(*) + portion - 1) / portion FROM migrate._requeue q WHERE q.flow = _run_requeue.flow), 1));
+    END IF;
     SELECT array_agg(q.ctid), array_agg(q.key) INTO places, keys
     FROM (SELECT x.ctid, x.key FROM migrate._requeue x WHERE x.flow = _run_requeue.flow ORDER BY x.at
-          LIMIT portion OFFSET portion * ((tries - 1) % portions)) q;
+          LIMIT portion OFFSET behind) q;
     BEGIN
         locked := migrate._apply_keys(flow, 'forward', keys);
     EXCEPTION WHEN OTHERS THEN
@@ -95,7 +97,7 @@ BEGIN
     -- @point requeue: keys taken off
     rest := coalesce(array_length(locked, 1), 0);
     PERFORM migrate._note(m.id, 0, CASE WHEN rest > 0 THEN format('waiting for %s locked rows%s',
-        queued - cardinality(places) + rest, coalesce(', locked by ' || migrate._lockers(flow, locked), '')) END);
+        (SELECT count(*) FROM migrate._requeue q WHERE q.flow = _run_requeue.flow), coalesce(', locked by ' || migrate._lockers(flow, locked), '')) END);
     RETURN CASE WHEN rest = cardinality(places) THEN rest ELSE 0 END;
 END $$;
 

@@ -21,8 +21,8 @@ by_client() {
         echo "UPDATE users_$suffix SET name = 'changed ' || :id WHERE id = :id;"
         [ "$suffix" = both ] && echo "UPDATE profiles_both SET display_name = 'changed ' || :id WHERE user_id = :id;" && echo 'COMMIT;'
     } >"$script"
-    measure dual_client_update "$way" "$writes" "$3" "\\! pgbench -n -M prepared -D id=0 -c 1 -t $writes -f $script bench >$T/tmp/pgbench.out 2>&1" || return
-    grep -q "actually processed: $writes/$writes" "$T/tmp/pgbench.out" || { tail -5 "$T/tmp/pgbench.out"; return 1; }
+    measure dual_client_update "$way" "$transactions" "$3" "\\! pgbench -n -M prepared -D id=0 -c 1 -t $transactions -f $script bench >$T/tmp/pgbench.out 2>&1" || return
+    grep -q "actually processed: $transactions/$transactions" "$T/tmp/pgbench.out" || { tail -5 "$T/tmp/pgbench.out"; return 1; }
 }
 
 # Every way but the one without a target must have kept both tables equal.
@@ -57,8 +57,9 @@ make_ways() {
 
 bench_dual_write() {
     local operation
-    table_rows=$((rows < 100000 ? rows : 100000))
-    writes=$((table_rows < 20000 ? table_rows : 20000))
+    table_rows=$((rows < 200000 ? rows : 200000))
+    writes=$((table_rows < 60000 ? table_rows : 60000))
+    transactions=$((writes < 20000 ? writes : 20000))
     make_ways || return
     for operation in 'update UPDATE of a row' 'insert INSERT of a row' 'unmapped UPDATE of an unmapped column' "bulk UPDATE of $writes rows at once" 'client_update UPDATE of a row by a client (pgbench)'; do
         compare "dual_${operation%% *}" "dual write: ${operation#* }" added 'PL/pgSQL row trigger, upsert' 'no dual write'

@@ -28,7 +28,15 @@ BEGIN
 END $$;
 -- An IMMUTABLE function may not write, but may call one that does.
 CREATE FUNCTION spy(v text, place text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN PERFORM lair.note(place); RETURN v; END $$;
-CREATE FUNCTION fair(v text, place text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN PERFORM lair.note(place); RETURN v IS DISTINCT FROM 'bad x'; END $$;
+CREATE FUNCTION fair(v text, place text) RETURNS boolean IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM lair.note(place);
+    IF v = 'constant' AND (SELECT n.escape FROM lair.now n) THEN  -- where a predicate is parsed
+        PERFORM lair.note(place || ' constant');
+        PERFORM lair.escape();
+    END IF;
+    RETURN v IS DISTINCT FROM 'bad x';
+END $$;
 CREATE FUNCTION plus(a text, b text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN PERFORM lair.note('operator'); RETURN a || ' ' || b; END $$;
 CREATE OPERATOR public.<+> (LEFTARG = text, RIGHTARG = text, FUNCTION = plus);
 CREATE TYPE color AS ENUM ('red', 'green');

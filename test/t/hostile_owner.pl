@@ -171,7 +171,7 @@ for my $db ('postgres', 'copy')
 is(join("\n", strangers($node, \%allowed)), '', 'nobody but the owner ran the owner\'s code');
 my $own = places($node, qr/^(?:mallory|postgres): /, 'mallory');
 ok($own->{$_}, "… and the owner did: $_")
-  for ('mapping', 'operator', 'cast', 'filter', 'reverse', 'key domain', 't check', 't domain', 't generated', 't default', 't index', 't index constant', 't predicate', 's index constant',
+  for ('mapping', 'operator', 'cast', 'filter', 'reverse', 'key domain', 't check', 't domain', 't generated', 't default', 't index', 't index constant', 't domain constant', 't predicate', 's index constant',
 	's predicate', 't before row trigger', 't after row trigger', 't before statement trigger', 't after statement trigger');
 my $dual = places($node, qr/^dual writes$/, 'mallory');
 ok($dual->{$_}, "… for others' writes: $_") for ('mapping', 't check', 't before row trigger');
