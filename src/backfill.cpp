@@ -8,6 +8,7 @@
 #include "flow_lock.hpp"
 #include "flow_sql.hpp"
 #include "mapping_cache.hpp"
+#include "mapping_load.hpp"
 #include "mutant.hpp"
 
 MIGRATE_FUNCTION(migrate_apply_keys)

@@ -3,41 +3,55 @@
 namespace migrate {
 namespace {
 
-const char kLoad[] =
-    "SELECT migration, view, origin, dest, dest_owner, columns, reads, key_dest, key_origin, key_view, key_const, "
-    "shared, shared_key, filtered, ambiguous, "
-    "partial, carry_delete, delete_at_once, insert_at_once, upsert_may_fail, delete_may_fail, strict, "
-    "both_directions "
-    "FROM migrate._load_mapping($1, $2)";
+// --- what is on record -----------------------------------------------------------------------------------------------
+// (Read without a query, as PostgreSQL reads its catalogs: every new connection's first write waits for it, and parsing
+// and planning took 20 ms. The tables have a few rows each.)
 
 struct Row {
-    HeapTuple tuple;
-    TupleDesc desc;
+    TupleTableSlot *slot;
+
+    Datum get(const char *name, bool *isnull) const {
+        const int column = SPI_fnumber(slot->tts_tupleDescriptor, name);
+        if (column <= 0) elog(ERROR, "no column \"%s\"", name);
+        return slot_getattr(slot, column, isnull);
+    }
     Datum get(const char *name) const {
         bool isnull;
-        const int column = SPI_fnumber(desc, name);
-        if (column <= 0) elog(ERROR, "no column \"%s\"", name);
-        const Datum value = SPI_getbinval(tuple, desc, column, &isnull);
-        if (isnull) elog(ERROR, "unexpected null in column \"%s\" of a mapping", name);
+        const Datum value = get(name, &isnull);
+        if (isnull) elog(ERROR, "unexpected null in column \"%s\"", name);
         return value;
     }
     Oid oid(const char *name) const { return DatumGetObjectId(get(name)); }
+    int32 number(const char *name) const { return DatumGetInt32(get(name)); }
     bool flag(const char *name) const { return DatumGetBool(get(name)); }
+    bool says(const char *name, const char *text) const {
+        bool isnull;
+        const Datum value = get(name, &isnull);
+        if (isnull) return false;
+        const struct varlena *given = PG_DETOAST_DATUM_PACKED(value);
+        return VARSIZE_ANY_EXHDR(given) == strlen(text) && memcmp(VARDATA_ANY(given), text, strlen(text)) == 0;
+    }
 };
+
+// Calls fn(row) for each row of migrate.<table>, as of the latest snapshot.
+template <class Fn>
+void for_each_row(const char *table, Fn fn) {
+    Relation relation = table_open(get_relname_relid(table, get_namespace_oid("migrate", false)), AccessShareLock);
+    Snapshot snapshot = RegisterSnapshot(GetLatestSnapshot());
+    TableScanDesc scan = table_beginscan(relation, snapshot, 0, NULL);
+    const Row row = {table_slot_create(relation, NULL)};
+    while (table_scan_getnextslot(scan, ForwardScanDirection, row.slot)) fn(row);
+    ExecDropSingleTupleTableSlot(row.slot);
+    table_endscan(scan);
+    UnregisterSnapshot(snapshot);
+    table_close(relation, AccessShareLock);
+}
 
 AttrNumber *attnums(const Row &row, const char *name, int *n) {
     Datum *values;
-    deconstruct_array(DatumGetArrayTypeP(row.get(name)), INT2OID, 2, true, TYPALIGN_SHORT, &values, NULL, n);
+    deconstruct_array(DatumGetArrayTypePCopy(row.get(name)), INT2OID, 2, true, TYPALIGN_SHORT, &values, NULL, n);
     AttrNumber *result = (AttrNumber *)palloc(sizeof(AttrNumber) * (*n + 1));
     for (int i = 0; i < *n; i++) result[i] = DatumGetInt16(values[i]);
-    return result;
-}
-
-Oid *oids(const Row &row, const char *name, int *n) {
-    Datum *values;
-    deconstruct_array(DatumGetArrayTypeP(row.get(name)), REGCLASSOID, 4, true, TYPALIGN_INT, &values, NULL, n);
-    Oid *result = (Oid *)palloc(sizeof(Oid) * (*n + 1));
-    for (int i = 0; i < *n; i++) result[i] = DatumGetObjectId(values[i]);
     return result;
 }
 
@@ -48,7 +62,7 @@ void read_key(const Row &row, Mapping *m) {
     const AttrNumber *view = attnums(row, "key_view", &n);
     Datum *constants;
     bool *constant_null;
-    deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
+    deconstruct_array(DatumGetArrayTypePCopy(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
                       &constant_null, &n);
     m->key = (KeyColumn *)palloc0(sizeof(KeyColumn) * m->nkey);
     m->params = (int *)palloc(sizeof(int) * m->nkey);
@@ -64,49 +78,93 @@ void read_key(const Row &row, Mapping *m) {
     }
 }
 
-}  // namespace
-
-Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
-    Oid types[2] = {INT4OID, TEXTOID};
-    Datum args[2] = {Int32GetDatum(flow), CStringGetTextDatum(reverse ? "reverse" : "forward")};
-    SPIPlanPtr plan = SPI_prepare(kLoad, 2, types);
-    if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
-    const uint64 found = with_extension_owner([&] { return run_latest(plan, args, NULL); });
-    if (found == 0) return NULL;
-    const Row row = {SPI_tuptable->vals[0], SPI_tuptable->tupdesc};
-
-    const bool kept = lifetime == Lifetime::kBackend;
-    MemoryContext context = AllocSetContextCreate(kept ? CacheMemoryContext : CurrentMemoryContext,
-                                                  "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
-    MemoryContext old = MemoryContextSwitchTo(context);
-    Mapping *m = (Mapping *)palloc0(sizeof(Mapping));
-    m->context = context;
-    m->kept = kept;
-    m->flow = flow, m->reverse = reverse;
-    m->migration = DatumGetInt32(row.get("migration"));
-    m->view = row.oid("view"), m->origin = row.oid("origin"), m->dest = row.oid("dest"),
-    m->dest_owner = row.oid("dest_owner");
-    m->columns = attnums(row, "columns", &m->ncolumns);
-    m->reads = attnums(row, "reads", &m->nreads);
-    read_key(row, m);
-    m->shared = oids(row, "shared", &m->nshared);
-    int ignored;
-    m->shared_key = attnums(row, "shared_key", &ignored);
-    m->filtered = row.flag("filtered"), m->ambiguous = row.flag("ambiguous"), m->partial = row.flag("partial");
-    m->carry_delete = row.flag("carry_delete");
-    m->delete_at_once = row.flag("delete_at_once"), m->insert_at_once = row.flag("insert_at_once");
-    m->upsert_may_fail = row.flag("upsert_may_fail"), m->delete_may_fail = row.flag("delete_may_fail");
-    m->on_failure = row.flag("strict") ? OnFailure::kRaise : OnFailure::kRecord;
-    m->both_directions = row.flag("both_directions");
-    MemoryContextSwitchTo(old);
-    return m;
+bool is_of(const Row &row, int32 flow, bool reverse) {
+    return row.number("flow") == flow && row.says("direction", reverse ? "reverse" : "forward");
 }
 
-void free_mapping(Mapping *mapping) {
-    SPIPlanPtr plans[] = {mapping->upsert, mapping->update, mapping->remove, mapping->replace};
-    for (SPIPlanPtr plan : plans)
-        if (plan) SPI_freeplan(plan);
-    MemoryContextDelete(mapping->context);
+bool read_row(Mapping *m) {
+    bool found = false;
+    for_each_row("_mapping", [&](const Row &row) {
+        if (!is_of(row, m->flow, m->reverse)) return;
+        found = true;
+        m->view = row.oid("view"), m->origin = row.oid("origin"), m->dest = row.oid("dest");
+        m->columns = attnums(row, "columns", &m->ncolumns);
+        m->reads = attnums(row, "reads", &m->nreads);
+        read_key(row, m);
+        m->filtered = row.flag("filtered");
+        m->plain = row.flag("plain");
+    });
+    return found;
+}
+
+int32 migration_of(int32 flow) {
+    int32 migration = 0;
+    for_each_row("_flow", [&](const Row &row) {
+        if (row.number("id") == flow) migration = row.number("migration");
+    });
+    return migration;
+}
+
+// The option's value, or its default.
+bool is_strict(int32 migration) {
+    bool chosen = false, strict = false;
+    for_each_row("_option", [&](const Row &row) {
+        bool lasts;
+        if (row.number("migration") != migration || !row.says("name", "dual_write")) return;
+        const TimestampTz end = DatumGetTimestampTz(row.get("expires_at", &lasts));
+        if (lasts || end > GetCurrentTimestamp()) chosen = true, strict = row.says("value", "strict");
+    });
+    if (!chosen)
+        for_each_row("_option_definition", [&](const Row &row) {
+            if (row.says("name", "dual_write")) strict = row.says("standard", "strict");
+        });
+    return strict;
+}
+
+// The other mappings of the same migration into dest, and where their views have its key.
+void read_shared(Mapping *m) {
+    List *flows = NIL;
+    for_each_row("_mapping", [&](const Row &row) {
+        const int32 flow = row.number("flow");
+        if (flow != m->flow && is_of(row, flow, false) && row.oid("dest") == m->dest) flows = lappend_int(flows, flow);
+    });
+    m->shared = (Oid *)palloc(sizeof(Oid) * (list_length(flows) + 1));
+    m->shared_key = (AttrNumber *)palloc0(sizeof(AttrNumber) * (list_length(flows) * m->nkey + 1));
+    ListCell *cell;
+    foreach (cell, flows) {
+        if (migration_of(lfirst_int(cell)) != m->migration) continue;
+        for_each_row("_mapping", [&](const Row &row) {
+            if (!is_of(row, lfirst_int(cell), false)) return;
+            int n;
+            const AttrNumber *columns = attnums(row, "columns", &n);
+            for (int i = 0; i < m->nkey; i++)
+                for (int position = 0; position < n; position++)
+                    if (columns[position] == m->key[i].dest)
+                        m->shared_key[m->nshared * m->nkey + i] = (AttrNumber)(position + 1);
+            m->shared[m->nshared++] = row.oid("view");
+        });
+    }
+}
+
+void read_migration(Mapping *m) {
+    for_each_row("_flow", [&](const Row &row) {
+        if (row.number("id") != m->flow) return;
+        m->migration = row.number("migration");
+        m->carry_delete = !m->reverse || row.says("on_target_delete", "delete");
+    });
+    for_each_row("_migration", [&](const Row &row) {
+        if (row.number("id") == m->migration) m->both_directions = row.flag("both_directions");
+    });
+    m->on_failure = is_strict(m->migration) ? OnFailure::kRaise : OnFailure::kRecord;
+    if (!m->reverse) read_shared(m);
+}
+
+}  // namespace
+
+bool read_mapping(Mapping *m) {
+    if (!read_row(m)) return false;
+    read_migration(m);
+    return true;
 }
 
 }  // namespace migrate

@@ -37,6 +37,7 @@ struct Mapping {
     int nshared;  // other mapping views with the same dest, whose rows must not be deleted
     Oid *shared;
     AttrNumber *shared_key;  // nkey positions for each of them
+    bool plain;              // every column is bare or a constant: no expression that could raise an error
     bool filtered;           // a row may leave the view without leaving origin
     bool ambiguous;          // origin's key is deferrable: a key may stand twice for a moment
     bool partial;            // dest has columns that an INSERT from here could not fill: update first
@@ -53,15 +54,8 @@ struct Mapping {
     SPIPlanPtr upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
 };
 
-// kCall: until SPI_finish, or until an error, which must leave nothing behind in a worker that lives for days.
-// kBackend: until free_mapping.
-enum class Lifetime { kCall, kBackend };
-
-// Loads the mapping into a memory context of its own, by the latest snapshot. SPI must be connected. NULL when there is
-// no such mapping.
-Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime);
-
-// Frees a mapping that is kept, with its plans.
-void free_mapping(Mapping *mapping);
+// Fills in what migrate._mapping, _flow, _migration and _option have, by the latest snapshot, in the current memory
+// context; flow and reverse are given. False where there is no such mapping. Locks and rights are the caller's.
+bool read_mapping(Mapping *mapping);
 
 }  // namespace migrate

@@ -150,6 +150,15 @@ inline bool may_use_schema(Oid schema, Oid role) {
 #endif
 }
 
+// Whether no row has NULL in the column; since PostgreSQL 18 NOT NULL may be in force for new rows only.
+inline bool never_null(TupleDesc desc, int column) {
+#if PG_VERSION_NUM >= 180000
+    return TupleDescCompactAttr(desc, column)->attnullability == ATTNULLABLE_VALID;
+#else
+    return TupleDescAttr(desc, column)->attnotnull;
+#endif
+}
+
 // expression_tree_walker, whose C declarations leave out the walker's arguments until PostgreSQL 16.
 template <class Context>
 bool walk_expression(Node *node, bool (*walker)(Node *, Context *), Context *context) {

@@ -22,7 +22,7 @@ bool is_plain_heap(Relation r) {
 const char *why_not_mapping(const Mapping *m) {
     if (kOnlySql) return "this build has no other way";
     if (m->partial) return "the target has NOT NULL columns that the mapping does not fill";
-    if (m->ambiguous) return "the key of the source is deferrable";
+    if (m->ambiguous) return "no unique index of the source is over just its key and checked at once";
     if (m->nshared > 0) return "other flows write to the target";
     if (m->nparams < m->nkey) return "the key has a constant";
     for (int i = 0; i < m->nkey; i++)
@@ -70,13 +70,9 @@ const char *why_not_key(const Mapping *m, Relation origin, Relation dest) {
 // changes dest, and so makes the choice anew: then the query raises its own error. The rights of dest's owner that only
 // a group gave him, and has taken since, are the exception: as the owner he may grant them to himself again any time.
 const char *why_not_rights(const Mapping *m, Relation origin, Relation dest) {
-    constexpr AclMode kNeeded = ACL_SELECT | ACL_INSERT | ACL_UPDATE | ACL_DELETE;
-    const Oid owner = m->dest_owner, reader = owner_of(m->view);
-    if (dest->rd_rel->relowner != owner) return "the owner of the target is just changing";
-    if (pg_class_aclmask(RelationGetRelid(dest), owner, kNeeded, ACLMASK_ALL) != kNeeded ||
-        pg_class_aclcheck(m->view, owner, ACL_SELECT) != ACLCHECK_OK ||
-        !may_use_schema(RelationGetNamespace(dest), owner) || !may_use_schema(get_rel_namespace(m->view), owner))
-        return "the owner of the target lacks rights";
+    const Oid reader = owner_of(m->view);
+    if (dest->rd_rel->relowner != m->dest_owner) return "the owner of the target is just changing";
+    if (!owner_may_write(m)) return "the owner of the target lacks rights";
     if (pg_class_aclcheck(RelationGetRelid(origin), reader, ACL_SELECT) != ACLCHECK_OK) return "the view lacks rights";
     if (dest->rd_rel->relforcerowsecurity || (origin->rd_rel->relrowsecurity && !superuser_arg(reader)))
         return "row level security is forced";

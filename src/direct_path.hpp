@@ -1,6 +1,6 @@
 // Whether a mapping's rows may be written without SQL, row by row with the executor's own routines (direct_apply.cpp).
 #pragma once
-#include "catalog.hpp"
+#include "mapping_load.hpp"
 
 namespace migrate {
 

@@ -1,5 +1,6 @@
 #include "mapping_cache.hpp"
 #include "flow.hpp"
+#include "mapping_load.hpp"
 
 namespace migrate {
 namespace {
@@ -48,7 +49,7 @@ CacheEntry *find_entry(int32 flow, bool reverse) {
     }
     if (entry->mapping == NULL) {
         entry->stale = false;
-        entry->mapping = with_spi([&] { return load_mapping(key.flow, key.reverse, Lifetime::kBackend); });
+        entry->mapping = load_mapping(key.flow, key.reverse, Lifetime::kBackend);
     }
     return entry->mapping ? entry : NULL;
 }

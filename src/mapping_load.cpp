@@ -1,0 +1,191 @@
+#include "mapping_load.hpp"
+
+namespace migrate {
+namespace {
+
+bool contains(const AttrNumber *set, int n, AttrNumber attnum) {
+    for (int i = 0; i < n; i++)
+        if (set[i] == attnum) return true;
+    return false;
+}
+
+bool is_key_of_origin(const Mapping *m, AttrNumber attnum) {
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].origin == attnum) return attnum != 0;
+    return false;
+}
+
+// Calls fn(index) for each index of the relation.
+template <class Fn>
+void for_each_index(Relation relation, Fn fn) {
+    ListCell *cell;
+    foreach (cell, RelationGetIndexList(relation)) {
+        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+        fn(index);
+        index_close(index, AccessShareLock);
+    }
+}
+
+bool is_over_plain_columns(Relation index) {
+    return RelationGetIndexPredicate(index) == NIL && RelationGetIndexExpressions(index) == NIL;
+}
+
+// Whether no unique index that is checked at once is over just the key's columns (constants are none): then a key may
+// stand twice in origin for a moment.
+bool is_ambiguous(const Mapping *m, Relation origin) {
+    bool ambiguous = true;
+    for_each_index(origin, [&](Relation index) {
+        const Form_pg_index form = index->rd_index;
+        if (!form->indisunique || !form->indimmediate || form->indnkeyatts != m->nparams) return;
+        for (int i = 0; i < form->indnkeyatts; i++)
+            if (!is_key_of_origin(m, form->indkey.values[i])) return;
+        if (is_over_plain_columns(index)) ambiguous = false;
+    });
+    return ambiguous;
+}
+
+bool references(Relation from, Oid to) {
+    ListCell *cell;
+    foreach (cell, RelationGetFKeyList(from))
+        if (((ForeignKeyCacheInfo *)lfirst(cell))->confrelid == to) return true;
+    return false;
+}
+
+// Whether an INSERT must name the column.
+bool wants_value(Form_pg_attribute column) {
+    return column->attnotnull && !column->atthasdef && column->attidentity == '\0';
+}
+
+bool is_partial(const Mapping *m, Relation dest) {
+    const TupleDesc desc = RelationGetDescr(dest);
+    for (int i = 0; i < desc->natts; i++) {
+        const Form_pg_attribute column = TupleDescAttr(desc, i);
+        if (!column->attisdropped && wants_value(column) && !contains(m->columns, m->ncolumns, column->attnum))
+            return true;
+    }
+    return false;
+}
+
+// Whether a column of the mapping view cannot be NULL: a key column, or any where all that is read is NOT NULL and
+// bare.
+bool is_never_null(const Mapping *m, Relation origin, AttrNumber view_column) {
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].view == view_column) return true;
+    if (!m->plain) return false;
+    for (int i = 0; i < m->nreads; i++)
+        if (m->reads[i] <= 0 || !never_null(RelationGetDescr(origin), m->reads[i] - 1)) return false;
+    return true;
+}
+
+bool column_may_refuse(const Mapping *m, Relation origin, Relation view, Form_pg_attribute column) {
+    int position = 0;
+    while (position < m->ncolumns && m->columns[position] != column->attnum) position++;
+    const bool mapped = position < m->ncolumns;
+    if (column->attisdropped) return mapped;
+    if (column->attgenerated != '\0' || get_typtype(column->atttypid) == TYPTYPE_DOMAIN) return true;
+    if (!mapped) return wants_value(column);
+    const Form_pg_attribute value = TupleDescAttr(RelationGetDescr(view), position);
+    return column->atttypid != value->atttypid || (column->atttypmod != -1 && column->atttypmod != value->atttypmod) ||
+           (column->attnotnull && !is_never_null(m, origin, value->attnum));
+}
+
+// Whether there is another trigger than ours that fires for an event of these.
+bool has_trigger_for(Relation dest, int16 events) {
+    const TriggerDesc *triggers = dest->trigdesc;
+    for (int i = 0; triggers && i < triggers->numtriggers; i++) {
+        const Trigger *t = &triggers->triggers[i];
+        if (!t->tgisinternal && (t->tgtype & events) && strncmp(t->tgname, "!migrate_", 9) != 0) return true;
+    }
+    return false;
+}
+
+bool is_referenced(Relation dest) {
+    const TriggerDesc *triggers = dest->trigdesc;
+    for (int i = 0; triggers && i < triggers->numtriggers; i++)
+        if (RI_FKey_trigger_type(triggers->triggers[i].tgfoid) == RI_TRIGGER_PK) return true;
+    return false;
+}
+
+// Of the indexes of dest just one, which upserts arbitrate on, may refuse a row, and none computes anything.
+bool index_may_refuse(const Mapping *m, Relation dest) {
+    int keys = 0;
+    bool may_refuse = false;
+    for_each_index(dest, [&](Relation index) {
+        const Form_pg_index form = index->rd_index;
+        bool is_key = form->indisunique && form->indnkeyatts == m->nkey && is_over_plain_columns(index);
+        for (int i = 0; i < form->indnkeyatts && is_key; i++) is_key = form->indkey.values[i] == m->key[i].dest;
+        if (is_key)
+            keys++;
+        else if (form->indisunique || form->indisexclusion || !is_over_plain_columns(index))
+            may_refuse = true;
+    });
+    return may_refuse || keys != 1;
+}
+
+// Whether an upsert into dest could be refused by anything at all. Where it could not, best effort needs no
+// subtransaction. (A filter is an expression like any other; that of a reverse mapping only compares constants.)
+bool upsert_may_fail(const Mapping *m, Relation origin, Relation dest, Relation view) {
+    const TupleDesc desc = RelationGetDescr(dest);
+    if (!m->plain || dest->rd_rel->relkind != RELKIND_RELATION || (desc->constr && desc->constr->num_check > 0) ||
+        RelationGetFKeyList(dest) != NIL ||
+        has_trigger_for(dest, TRIGGER_TYPE_INSERT | TRIGGER_TYPE_UPDATE | TRIGGER_TYPE_TRUNCATE) ||
+        index_may_refuse(m, dest))
+        return true;
+    for (int i = 0; i < desc->natts; i++)
+        if (column_may_refuse(m, origin, view, TupleDescAttr(desc, i))) return true;
+    return false;
+}
+
+void look_at_tables(Mapping *m) {
+    Relation origin = relation_open(m->origin, AccessShareLock), dest = relation_open(m->dest, AccessShareLock),
+             view = relation_open(m->view, AccessShareLock);
+    m->dest_owner = dest->rd_rel->relowner;
+    m->ambiguous = is_ambiguous(m, origin);
+    m->partial = is_partial(m, dest);
+    m->delete_at_once = references(dest, m->origin);
+    m->insert_at_once = references(origin, m->dest);
+    const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m);
+    m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
+    m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
+    relation_close(view, AccessShareLock);
+    relation_close(dest, AccessShareLock);
+    relation_close(origin, AccessShareLock);
+}
+
+}  // namespace
+
+bool owner_may_write(const Mapping *m) {
+    constexpr AclMode kNeeded = ACL_SELECT | ACL_INSERT | ACL_UPDATE | ACL_DELETE;
+    return pg_class_aclmask(m->dest, m->dest_owner, kNeeded, ACLMASK_ALL) == kNeeded &&
+           pg_class_aclcheck(m->view, m->dest_owner, ACL_SELECT) == ACLCHECK_OK &&
+           may_use_schema(get_rel_namespace(m->dest), m->dest_owner) &&
+           may_use_schema(get_rel_namespace(m->view), m->dest_owner);
+}
+
+Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
+    const bool kept = lifetime == Lifetime::kBackend;
+    MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
+    MemoryContext old = MemoryContextSwitchTo(context);
+    Mapping *m = (Mapping *)palloc0(sizeof(Mapping));
+    m->context = context;
+    m->kept = kept;
+    m->flow = flow, m->reverse = reverse;
+    const bool found = read_mapping(m);
+    if (found) look_at_tables(m);
+    MemoryContextSwitchTo(old);
+    if (!found) {
+        MemoryContextDelete(context);
+        return NULL;
+    }
+    if (kept) MemoryContextSetParent(context, CacheMemoryContext);  // an error before this leaves nothing behind
+    return m;
+}
+
+void free_mapping(Mapping *mapping) {
+    SPIPlanPtr plans[] = {mapping->upsert, mapping->update, mapping->remove, mapping->replace};
+    for (SPIPlanPtr plan : plans)
+        if (plan) SPI_freeplan(plan);
+    MemoryContextDelete(mapping->context);
+}
+
+}  // namespace migrate
