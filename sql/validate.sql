@@ -7,9 +7,9 @@ SET search_path = check_it, public;
 -- The verdict, with small ranges, as the worker's steps and the verb give it. Internals want names that hide nothing.
 CREATE FUNCTION validate(name text, method text DEFAULT 'ranges', rows int DEFAULT 100)
 RETURNS TABLE (method text, source_rows bigint, target_rows bigint, ranges bigint, mismatches bigint, verdict text)
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
     SELECT v.method, v.source_rows, v.target_rows, v.ranges, v.mismatches, v.verdict FROM migrate._validate(current_user::regrole, $1, $2, $3) v $$;
-CREATE FUNCTION step(m_id int, rows int DEFAULT 100) RETURNS text LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$ SELECT migrate._validate_step($1, $2) $$;
+CREATE FUNCTION step(m_id int, rows int DEFAULT 100) RETURNS text LANGUAGE sql SET search_path = pg_catalog, pg_temp SET jit = off AS $$ SELECT migrate._validate_step($1, $2) $$;
 CREATE FUNCTION found(name text) RETURNS TABLE (key text, kind text, columns text[])
 LANGUAGE sql AS $$ SELECT key, kind, columns FROM migrate.mismatches($1) ORDER BY length(key), key COLLATE "C" $$;
 CREATE VIEW ledger AS SELECT r.* FROM migrate._validation_range r JOIN migrate._flow f ON f.id = r.flow JOIN migrate._migration m ON m.id = f.migration WHERE m.name = 'users' ORDER BY run, ordinal;
@@ -108,7 +108,7 @@ BEGIN
 END $$;
 SELECT t.* FROM damage d, try(d) t ORDER BY d.n;
 -- One scan of each side finds a range's end and its digests; where they are not equal, or there is more than a range should hold, it leaves it.
-CREATE FUNCTION ahead(low int, rows int) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION ahead(low int, rows int) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET jit = off AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.name = 'users');
     c migrate._comparison;

@@ -67,7 +67,7 @@ END $$;
 CREATE FUNCTION copy() RETURNS text LANGUAGE sql AS $$
     WITH batch AS MATERIALIZED (SELECT f.id, r.* FROM migrate._flow f, migrate._apply_range(f.id, NULL, NULL, 100) r),
     queued AS (INSERT INTO migrate._requeue (flow, key) SELECT id, ARRAY[skipped[i][1]] FROM batch, generate_subscripts(skipped, 1) i)
-    SELECT 'skipped ' || coalesce(skipped::text, 'none') FROM batch
+    SELECT 'skipped ' || coalesce((SELECT array_agg(ARRAY[skipped[i][1]] ORDER BY skipped[i][1]) FROM generate_subscripts(skipped, 1) i)::text, 'none') FROM batch
 $$;
 
 -- What it does until the queue is empty.

@@ -3,10 +3,11 @@
 
 # make_root NAME SUITE PACKAGE…: $cache/NAME, a chroot of that release.
 make_root() {
-    local root=$cache/$1 suite=$2 base=${MIGRATE_MIRROR:-http://deb.debian.org/debian} packages source=
+    local root=$cache/$1 suite=$2 base packages source=
     shift 2
     [ -e "$root.made" ] && return
     apt_install mmdebstrap || return
+    base=$(debian_mirror)
     grep -q " $root/" /proc/mounts && { echo "error: something is mounted below $root"; return 1; }
     rm -rf --one-file-system "$root"
     packages=$(IFS=,; echo "$*")

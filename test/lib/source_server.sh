@@ -5,10 +5,14 @@ SOURCE_PACKAGE=postgresql-15 SOURCE_SUITE=bookworm
 SANITIZED_TESTS=(define dual_write digest validate worker)
 VALGRIND_TESTS=(define dual_write worker)
 
+# Where this system's own packages come from.
+debian_mirror() { echo "${MIGRATE_MIRROR:-$(apt-get indextargets --format '$(SITE)' | grep '/debian/*$' | head -1)}"; }
+
 # The source package's files in $1, by an apt configuration of its own: the system's stays as it is. A mirror may list a version
 # whose files it no longer holds: then the one before.
 download_source() {
-    local apt=$1/apt version suite base=${MIGRATE_MIRROR:-http://deb.debian.org/debian}
+    local apt=$1/apt version suite base
+    base=$(debian_mirror)
     mkdir -p "$apt/lists/partial"
     for suite in "$SOURCE_SUITE" "$SOURCE_SUITE-updates"; do echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $base $suite main"; done >"$apt/sources.list"
     echo "deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $base-security $SOURCE_SUITE-security main" >>"$apt/sources.list"

@@ -52,7 +52,7 @@ sub named
 subtest 'two-phase commit' => sub {
 	my $db = new_database('two_phase');
 	make_users($node, 2000, db => $db);
-	define_users($node, db => $db, cutover_timeout => '1 s', batch_size => 100, max_rows_per_second => 800);
+	define_users($node, db => $db, cutover_timeout => '1 s', batch_size => 100, max_rows_per_second => 200);
 	prepare($db, 'before start', 'users', 'id', 'name', 10);
 	like(error_of($node, "SELECT migrate.start('users_to_profiles')", db => $db), qr/prepared transaction 'before start'/, 'start names what it waits for');
 	is(phase($node, undef, $db), 'planned', 'and nothing has changed');
