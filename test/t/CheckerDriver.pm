@@ -57,7 +57,7 @@ sub verb
 	return 1 if $ok;
 	return 0 unless $db->ping;
 	my ($state, $message) = ($db->state, $db->errstr);
-	return 0 if $state =~ /55P03|57014|57P01/ || $state eq '55000' && $message =~ /in phase|paused|failures|requeue|gate (dual_writes|validation)|prepared/;
+	return 0 if $state =~ /53400|55P03|57014|57P01/ || $state eq '55000' && $message =~ /in phase|paused|failures|requeue|gate (dual_writes|validation)|prepared/;
 	$self->fault("verb $call: $state $message");
 	return 0;
 }
