@@ -128,10 +128,10 @@ SQL
 sub refused
 {
 	my ($what, $migration, $call, @who) = @_;
-	set($migration, '300 ms');
+	set($migration, '1 s');
 	my $before = state();
 	my $error = error_of($node, "SELECT $call");
-	like($error, qr/ERROR:  55P03.*within cutover_timeout \(300 ms\)/s, "$what is refused when its time is up");
+	like($error, qr/ERROR:  55P03.*within cutover_timeout \(1000 ms\)/s, "$what is refused when its time is up");
 	like($error, qr/\Q$_\E(?!\d)/, "$what names $_") for @who;
 	is(state(), $before, "$what, refused: nothing has changed");
 	return $error;
