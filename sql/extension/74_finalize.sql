@@ -59,13 +59,15 @@ LANGUAGE sql STABLE AS $$
         ORDER BY 1) x
 $$;
 
--- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies.
+-- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies. (NOT NULL, which
+-- is a constraint since PostgreSQL 18, is of the column.)
 CREATE FUNCTION migrate._goes_along(relation oid, column_name text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT coalesce(', with ' || string_agg(DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid), ', '), '')
     FROM pg_depend d LEFT JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
     WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = relation AND (column_name IS NULL OR a.attname = column_name) AND d.deptype = 'a'
       AND d.classid IN ('pg_class'::regclass, 'pg_constraint'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass)
+      AND NOT EXISTS (SELECT FROM pg_constraint k WHERE d.classid = 'pg_constraint'::regclass AND k.oid = d.objid AND k.contype = 'n')
 $$;
 
 -- Runs a DROP that cascades to nothing; what depends on the object is reported with the statements that would free it: as an error,
