@@ -49,7 +49,7 @@ void for_each_row(const char *table, Fn fn) {
 
 AttrNumber *attnums(const Row &row, const char *name, int *n) {
     Datum *values;
-    deconstruct_array(DatumGetArrayTypePCopy(row.get(name)), INT2OID, 2, true, TYPALIGN_SHORT, &values, NULL, n);
+    deconstruct_array(DatumGetArrayTypeP(row.get(name)), INT2OID, 2, true, TYPALIGN_SHORT, &values, NULL, n);
     AttrNumber *result = (AttrNumber *)palloc(sizeof(AttrNumber) * (*n + 1));
     for (int i = 0; i < *n; i++) result[i] = DatumGetInt16(values[i]);
     return result;
@@ -62,7 +62,7 @@ void read_key(const Row &row, Mapping *m) {
     const AttrNumber *view = attnums(row, "key_view", &n);
     Datum *constants;
     bool *constant_null;
-    deconstruct_array(DatumGetArrayTypePCopy(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
+    deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
                       &constant_null, &n);
     m->key = (KeyColumn *)palloc0(sizeof(KeyColumn) * m->nkey);
     m->params = (int *)palloc(sizeof(int) * m->nkey);
@@ -123,27 +123,22 @@ bool is_strict(int32 migration) {
 
 // The other mappings of the same migration into dest, and where their views have its key.
 void read_shared(Mapping *m) {
-    List *flows = NIL;
+    List *views = NIL, *positions = NIL;
     for_each_row("_mapping", [&](const Row &row) {
         const int32 flow = row.number("flow");
-        if (flow != m->flow && is_of(row, flow, false) && row.oid("dest") == m->dest) flows = lappend_int(flows, flow);
+        if (flow == m->flow || !is_of(row, flow, false) || row.oid("dest") != m->dest ||
+            migration_of(flow) != m->migration)
+            return;
+        int n;
+        const AttrNumber *columns = attnums(row, "columns", &n);
+        views = lappend_oid(views, row.oid("view"));
+        for (int i = 0; i < m->nkey; i++) positions = lappend_int(positions, position_of(columns, n, m->key[i].dest));
     });
-    m->shared = (Oid *)palloc(sizeof(Oid) * (list_length(flows) + 1));
-    m->shared_key = (AttrNumber *)palloc0(sizeof(AttrNumber) * (list_length(flows) * m->nkey + 1));
-    ListCell *cell;
-    foreach (cell, flows) {
-        if (migration_of(lfirst_int(cell)) != m->migration) continue;
-        for_each_row("_mapping", [&](const Row &row) {
-            if (!is_of(row, lfirst_int(cell), false)) return;
-            int n;
-            const AttrNumber *columns = attnums(row, "columns", &n);
-            for (int i = 0; i < m->nkey; i++)
-                for (int position = 0; position < n; position++)
-                    if (columns[position] == m->key[i].dest)
-                        m->shared_key[m->nshared * m->nkey + i] = (AttrNumber)(position + 1);
-            m->shared[m->nshared++] = row.oid("view");
-        });
-    }
+    m->nshared = list_length(views);
+    m->shared = (Oid *)palloc(sizeof(Oid) * (m->nshared + 1));
+    m->shared_key = (AttrNumber *)palloc(sizeof(AttrNumber) * (list_length(positions) + 1));
+    for (int i = 0; i < m->nshared; i++) m->shared[i] = list_nth_oid(views, i);
+    for (int i = 0; i < list_length(positions); i++) m->shared_key[i] = (AttrNumber)list_nth_int(positions, i);
 }
 
 void read_migration(Mapping *m) {
@@ -160,6 +155,18 @@ void read_migration(Mapping *m) {
 }
 
 }  // namespace
+
+int position_of(const AttrNumber *columns, int n, AttrNumber attnum) {
+    for (int i = 0; i < n; i++)
+        if (columns[i] == attnum) return i + 1;
+    return 0;
+}
+
+bool is_key(const Mapping *m, AttrNumber KeyColumn::*column, AttrNumber attnum) {
+    for (int i = 0; i < m->nkey; i++)
+        if (m->key[i].*column == attnum) return true;
+    return false;
+}
 
 bool read_mapping(Mapping *m) {
     if (!read_row(m)) return false;

@@ -54,6 +54,12 @@ struct Mapping {
     SPIPlanPtr upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
 };
 
+// Where the attribute is in the list, from 1; 0 where it is not.
+int position_of(const AttrNumber *columns, int n, AttrNumber attnum);
+
+// Whether the attribute of origin, dest or the view is one of the key's.
+bool is_key(const Mapping *mapping, AttrNumber KeyColumn::*column, AttrNumber attnum);
+
 // Fills in what migrate._mapping, _flow, _migration and _option have, by the latest snapshot, in the current memory
 // context; flow and reverse are given. False where there is no such mapping. Locks and rights are the caller's.
 bool read_mapping(Mapping *mapping);

@@ -7,12 +7,6 @@ MIGRATE_FUNCTION(migrate_path)
 namespace migrate {
 namespace {
 
-bool is_key(const Mapping *m, AttrNumber KeyColumn::*column, AttrNumber attnum) {
-    for (int i = 0; i < m->nkey; i++)
-        if (m->key[i].*column == attnum) return true;
-    return false;
-}
-
 bool is_plain_heap(Relation r) {
     return r->rd_rel->relkind == RELKIND_RELATION && r->rd_rel->relam == HEAP_TABLE_AM_OID &&
            r->rd_rel->relpersistence == RELPERSISTENCE_PERMANENT && !r->rd_rel->relispartition &&

@@ -3,18 +3,6 @@
 namespace migrate {
 namespace {
 
-bool contains(const AttrNumber *set, int n, AttrNumber attnum) {
-    for (int i = 0; i < n; i++)
-        if (set[i] == attnum) return true;
-    return false;
-}
-
-bool is_key_of_origin(const Mapping *m, AttrNumber attnum) {
-    for (int i = 0; i < m->nkey; i++)
-        if (m->key[i].origin == attnum) return attnum != 0;
-    return false;
-}
-
 // Calls fn(index) for each index of the relation.
 template <class Fn>
 void for_each_index(Relation relation, Fn fn) {
@@ -36,10 +24,11 @@ bool is_ambiguous(const Mapping *m, Relation origin) {
     bool ambiguous = true;
     for_each_index(origin, [&](Relation index) {
         const Form_pg_index form = index->rd_index;
-        if (!form->indisunique || !form->indimmediate || form->indnkeyatts != m->nparams) return;
-        for (int i = 0; i < form->indnkeyatts; i++)
-            if (!is_key_of_origin(m, form->indkey.values[i])) return;
-        if (is_over_plain_columns(index)) ambiguous = false;
+        bool is_over_key =
+            form->indisunique && form->indimmediate && form->indnkeyatts == m->nparams && is_over_plain_columns(index);
+        for (int i = 0; i < form->indnkeyatts && is_over_key; i++)
+            is_over_key = is_key(m, &KeyColumn::origin, form->indkey.values[i]);
+        if (is_over_key) ambiguous = false;
     });
     return ambiguous;
 }
@@ -60,7 +49,7 @@ bool is_partial(const Mapping *m, Relation dest) {
     const TupleDesc desc = RelationGetDescr(dest);
     for (int i = 0; i < desc->natts; i++) {
         const Form_pg_attribute column = TupleDescAttr(desc, i);
-        if (!column->attisdropped && wants_value(column) && !contains(m->columns, m->ncolumns, column->attnum))
+        if (!column->attisdropped && wants_value(column) && position_of(m->columns, m->ncolumns, column->attnum) == 0)
             return true;
     }
     return false;
@@ -69,8 +58,7 @@ bool is_partial(const Mapping *m, Relation dest) {
 // Whether a column of the mapping view cannot be NULL: a key column, or any where all that is read is NOT NULL and
 // bare.
 bool is_never_null(const Mapping *m, Relation origin, AttrNumber view_column) {
-    for (int i = 0; i < m->nkey; i++)
-        if (m->key[i].view == view_column) return true;
+    if (is_key(m, &KeyColumn::view, view_column)) return true;
     if (!m->plain) return false;
     for (int i = 0; i < m->nreads; i++)
         if (m->reads[i] <= 0 || !never_null(RelationGetDescr(origin), m->reads[i] - 1)) return false;
@@ -78,13 +66,11 @@ bool is_never_null(const Mapping *m, Relation origin, AttrNumber view_column) {
 }
 
 bool column_may_refuse(const Mapping *m, Relation origin, Relation view, Form_pg_attribute column) {
-    int position = 0;
-    while (position < m->ncolumns && m->columns[position] != column->attnum) position++;
-    const bool mapped = position < m->ncolumns;
-    if (column->attisdropped) return mapped;
+    const int position = position_of(m->columns, m->ncolumns, column->attnum);
+    if (column->attisdropped) return position != 0;
     if (column->attgenerated != '\0' || get_typtype(column->atttypid) == TYPTYPE_DOMAIN) return true;
-    if (!mapped) return wants_value(column);
-    const Form_pg_attribute value = TupleDescAttr(RelationGetDescr(view), position);
+    if (position == 0) return wants_value(column);
+    const Form_pg_attribute value = TupleDescAttr(RelationGetDescr(view), position - 1);
     return column->atttypid != value->atttypid || (column->atttypmod != -1 && column->atttypmod != value->atttypmod) ||
            (column->attnotnull && !is_never_null(m, origin, value->attnum));
 }
