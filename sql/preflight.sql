@@ -171,6 +171,13 @@ SELECT found('constraints', 'constraints');
 SELECT migrate.set('constraints', 'dual_write', 'strict');
 SELECT found('constraints', 'constraints');
 
+-- Values exchanged between rows by one statement: the columns in another order, a key of the mapping is none.
+CREATE TABLE s_exchange (id int PRIMARY KEY, a int, b int, c int UNIQUE DEFERRABLE, d int UNIQUE DEFERRABLE, UNIQUE (a, b) DEFERRABLE);
+CREATE TABLE t_exchange (id int PRIMARY KEY, b int, a int, c int UNIQUE, d int UNIQUE DEFERRABLE, UNIQUE (b, a));
+CREATE UNIQUE INDEX "C" ON t_exchange (c);
+SELECT migrate.define('exchange', 's_exchange', 't_exchange', 'id, a, b, c, d');
+SELECT found('exchange', 'constraints');
+
 -- deferred_constraints
 SELECT make('deferred', 'id int PRIMARY KEY, v text UNIQUE DEFERRABLE INITIALLY DEFERRED, o int REFERENCES other DEFERRABLE INITIALLY DEFERRED', 'id, v, n AS o');
 SELECT found('deferred', 'deferred_constraints');

@@ -162,6 +162,16 @@ int position_of(const AttrNumber *columns, int n, AttrNumber attnum) {
     return 0;
 }
 
+bool is_dual_write_trigger(const Trigger *t) {
+    static const char *const kFunctions[] = {"_dual_write_row", "_dual_write_flush", "_dual_write_truncate"};
+    const Oid schema = get_func_namespace(t->tgfoid);
+    if (schema != get_namespace_oid("migrate", true)) return false;
+    const char *name = get_func_name(t->tgfoid);
+    for (const char *function : kFunctions)
+        if (name && strcmp(name, function) == 0) return true;
+    return false;
+}
+
 bool is_key(const Mapping *m, AttrNumber KeyColumn::*column, AttrNumber attnum) {
     for (int i = 0; i < m->nkey; i++)
         if (m->key[i].*column == attnum) return true;

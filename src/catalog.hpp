@@ -60,6 +60,23 @@ int position_of(const AttrNumber *columns, int n, AttrNumber attnum);
 // Whether the attribute of origin, dest or the view is one of the key's.
 bool is_key(const Mapping *mapping, AttrNumber KeyColumn::*column, AttrNumber attnum);
 
+// Calls fn(index) for each index of the relation. The locks stay until the end of the transaction: what is decided by
+// the indexes is to hold until then.
+template <class Fn>
+void for_each_index(Relation relation, Fn fn) {
+    List *indexes = RelationGetIndexList(relation);
+    ListCell *cell;
+    foreach (cell, indexes) {
+        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+        fn(index);
+        index_close(index, NoLock);
+    }
+    list_free(indexes);
+}
+
+// Whether the trigger is one of ours, whatever its name is.
+bool is_dual_write_trigger(const Trigger *trigger);
+
 // Fills in what migrate._mapping, _flow, _migration and _option have, by the latest snapshot, in the current memory
 // context; flow and reverse are given. False where there is no such mapping. Locks and rights are the caller's.
 bool read_mapping(Mapping *mapping);

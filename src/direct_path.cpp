@@ -39,13 +39,10 @@ const char *why_not_triggers(Relation dest) {
 
 const char *why_not_indexes(Relation dest) {
     const char *why_not = NULL;
-    ListCell *cell;
-    foreach (cell, RelationGetIndexList(dest)) {
-        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+    for_each_index(dest, [&](Relation index) {
         if (index->rd_index->indisexclusion || (index->rd_index->indisunique && !index->rd_index->indimmediate))
             why_not = psprintf("\"%s\" has an exclusion or deferrable constraint", RelationGetRelationName(dest));
-        index_close(index, NoLock);
-    }
+    });
     return why_not;
 }
 
@@ -75,28 +72,15 @@ const char *why_not_rights(const Mapping *m, Relation origin, Relation dest) {
 
 }  // namespace
 
-bool is_dual_write_trigger(const Trigger *t) {
-    static const char *const kFunctions[] = {"_dual_write_row", "_dual_write_flush", "_dual_write_truncate"};
-    const Oid schema = get_func_namespace(t->tgfoid);
-    if (schema != get_namespace_oid("migrate", true)) return false;
-    const char *name = get_func_name(t->tgfoid);
-    for (const char *function : kFunctions)
-        if (name && strcmp(name, function) == 0) return true;
-    return false;
-}
-
 List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column) {
     List *found = NIL;
-    ListCell *cell;
-    foreach (cell, RelationGetIndexList(relation)) {
-        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+    for_each_index(relation, [&](Relation index) {
         const Form_pg_index form = index->rd_index;
         bool fits = form->indisunique && form->indimmediate && form->indisvalid && form->indnkeyatts == m->nkey &&
                     index->rd_rel->relam == BTREE_AM_OID && RelationGetIndexPredicate(index) == NIL;
         for (int i = 0; i < form->indnkeyatts && fits; i++) fits = is_key(m, column, form->indkey.values[i]);
         if (fits) found = lappend_oid(found, RelationGetRelid(index));
-        index_close(index, NoLock);
-    }
+    });
     return found;
 }
 

@@ -11,9 +11,6 @@ const char *why_not_direct(const Mapping *m, Relation origin, Relation dest);
 // The unique indexes over just the mapping's key columns of origin or dest, that a key can be looked up in.
 List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn::*column);
 
-// Whether the trigger is one of ours, whatever its name is.
-bool is_dual_write_trigger(const Trigger *trigger);
-
 // For SQL: what `ask` says of the flow that is the call's first argument, NULL where it says nothing or there is no
 // such flow.
 template <class Ask>

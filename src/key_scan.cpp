@@ -31,14 +31,9 @@ bool is_in_key_order(const Mapping *m, Relation origin, Relation index) {
 
 Oid key_order_index(const Mapping *m, Relation origin) {
     Oid found = InvalidOid;
-    List *indexes = RelationGetIndexList(origin);
-    ListCell *cell;
-    foreach (cell, indexes) {
-        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
+    for_each_index(origin, [&](Relation index) {
         if (!OidIsValid(found) && is_in_key_order(m, origin, index)) found = RelationGetRelid(index);
-        index_close(index, AccessShareLock);
-    }
-    list_free(indexes);
+    });
     return found;
 }
 

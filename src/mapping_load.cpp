@@ -3,17 +3,6 @@
 namespace migrate {
 namespace {
 
-// Calls fn(index) for each index of the relation.
-template <class Fn>
-void for_each_index(Relation relation, Fn fn) {
-    ListCell *cell;
-    foreach (cell, RelationGetIndexList(relation)) {
-        Relation index = index_open(lfirst_oid(cell), AccessShareLock);
-        fn(index);
-        index_close(index, AccessShareLock);
-    }
-}
-
 bool is_over_plain_columns(Relation index) {
     return RelationGetIndexPredicate(index) == NIL && RelationGetIndexExpressions(index) == NIL;
 }
@@ -80,7 +69,7 @@ bool has_trigger_for(Relation dest, int16 events) {
     const TriggerDesc *triggers = dest->trigdesc;
     for (int i = 0; triggers && i < triggers->numtriggers; i++) {
         const Trigger *t = &triggers->triggers[i];
-        if (!t->tgisinternal && (t->tgtype & events) && strncmp(t->tgname, "!migrate_", 9) != 0) return true;
+        if (!t->tgisinternal && (t->tgtype & events) && !is_dual_write_trigger(t)) return true;
     }
     return false;
 }

@@ -166,6 +166,7 @@ BEGIN
         UNION ALL SELECT * FROM migrate._check_empty(m)
         UNION ALL SELECT * FROM migrate._check_columns(m)
         UNION ALL SELECT * FROM migrate._check_constraints(m)
+        UNION ALL SELECT * FROM migrate._check_exchanges(m)
         UNION ALL SELECT * FROM migrate._check_deferred(m)
         UNION ALL SELECT * FROM migrate._check_triggers(m)
         UNION ALL SELECT * FROM migrate._check_left_behind(m)

@@ -208,6 +208,30 @@ LANGUAGE sql STABLE AS $$
     WHERE c.confdeltype IN ('c', 'n', 'd')
 $$;
 
+-- Where the source checks a unique key after the statement and the target row by row, one statement that exchanges values between rows
+-- (1 <-> 2) can be carried in no order. Rows of a target are never deleted to make room, for foreign keys would act on that.
+CREATE FUNCTION migrate._check_exchanges(m migrate._migration) RETURNS SETOF migrate._check
+LANGUAGE sql STABLE AS $$
+    WITH pair AS MATERIALIZED (
+        SELECT f.source, f.target, p.key_dest, e.origin_attnum, e.dest_attnum
+        FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward', LATERAL migrate._expressions(f.id) e
+        WHERE f.migration = m.id AND e.origin_attnum > 0
+    ), exchanging AS (
+        SELECT c.conname, p.source, p.target, p.key_dest, array_agg(p.dest_attnum ORDER BY p.dest_attnum) AS columns
+        FROM pg_constraint c JOIN pair p ON p.source = c.conrelid AND p.origin_attnum = ANY (c.conkey)
+        WHERE c.contype IN ('p', 'u') AND c.condeferrable
+        GROUP BY c.oid, c.conname, c.conkey, p.source, p.target, p.key_dest HAVING count(DISTINCT p.origin_attnum) = cardinality(c.conkey)
+    )
+    SELECT 'constraints', 'warning',
+           format('%s of source %s is deferrable, %s of target %s is not: one statement that exchanges values between rows leaves failures that no retry mends',
+                  quote_ident(x.conname), x.source, quote_ident(i.relname), x.target),
+           CASE WHEN t.conname IS NULL THEN format('DROP INDEX %1$s; ALTER TABLE %2$s ADD UNIQUE (%3$s) DEFERRABLE;', i.oid::regclass, x.target, migrate._column_list(x.target, k.indkey::int2[]))
+                ELSE format('ALTER TABLE %1$s DROP CONSTRAINT %2$I, ADD CONSTRAINT %2$I UNIQUE (%3$s) DEFERRABLE;', x.target, t.conname, migrate._column_list(x.target, k.indkey::int2[])) END
+    FROM exchanging x JOIN pg_index k ON k.indrelid = x.target AND k.indisunique AND k.indimmediate AND k.indpred IS NULL
+    JOIN pg_class i ON i.oid = k.indexrelid LEFT JOIN pg_constraint t ON t.conindid = k.indexrelid AND t.contype = 'u'
+    WHERE x.columns = ARRAY(SELECT c FROM unnest(k.indkey::int2[]) c ORDER BY c) AND NOT x.key_dest @> x.columns
+$$;
+
 CREATE FUNCTION migrate._check_triggers(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     SELECT CASE t.part WHEN 'target' THEN 'target_triggers' ELSE 'source_triggers' END, 'warning', CASE t.part
