@@ -98,17 +98,22 @@ EOS
 # MEANING: speed (rows a second, as a multiple of BASE's), or added (CPU a row beyond ZERO's, as a multiple of what BASE adds).
 compare() { echo "$1|$2|$3|$4|${5:-}" >>"$comparisons"; }
 
+# Of a list of numbers, for awk.
+median='
+function median(list,    n, part, i, j, t) {
+    n = split(list, part, " ")
+    for (i = 2; i <= n; i++) for (j = i; j > 1 && part[j - 1] + 0 > part[j] + 0; j--) { t = part[j]; part[j] = part[j - 1]; part[j - 1] = t }
+    return n % 2 ? part[(n + 1) / 2] : (part[n / 2] + part[n / 2 + 1]) / 2
+}
+'
+
 # The results as a Markdown table, by the order in which the ways came first.
 report() {
+    [ -s "$results" ] || return 0
     echo
     echo '| what | way | ratio | CPU µs a row | WAL bytes a row | MB | n |'
     echo '|---|---|--:|--:|--:|--:|--:|'
-    awk -F '|' '
-        function median(list,    n, part, i, j, t) {
-            n = split(list, part, " ")
-            for (i = 2; i <= n; i++) for (j = i; j > 1 && part[j - 1] + 0 > part[j] + 0; j--) { t = part[j]; part[j] = part[j - 1]; part[j - 1] = t }
-            return n % 2 ? part[(n + 1) / 2] : (part[n / 2] + part[n / 2 + 1]) / 2
-        }
+    awk -F '|' "$median"'
         FNR == NR { title[$1] = $2; meaning[$1] = $3; base[$1] = $4; zero[$1] = $5; next }
         {
             if (!($1 SUBSEP $2 in seen)) { seen[$1, $2] = 1; order[++count] = $1 "|" $2; if (!($1 in ways)) whats[++kinds] = $1; ways[$1] = 1 }
