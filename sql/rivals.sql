@@ -70,6 +70,22 @@ UPDATE s SET v = 'now' WHERE k = 'c';
 SELECT * FROM t ORDER BY tk;
 SELECT key, sqlstate, object FROM migrate._failure ORDER BY id;
 
+-- TRUNCATE, too, is carried as far as it can be: what cannot be taken away is recorded.
+DELETE FROM migrate._failure;
+DELETE FROM s;
+INSERT INTO s VALUES ('a', 1, 'one'), ('b', 2, 'two'), ('c', 3, 'three');
+INSERT INTO holds VALUES ('b');
+TRUNCATE s;
+SELECT tk FROM t ORDER BY tk;
+SELECT key, sqlstate, object FROM migrate._failure ORDER BY id;
+TRUNCATE holds;
+SELECT arm('strict');
+INSERT INTO s VALUES ('a', 1, 'one'), ('b', 2, 'two');
+INSERT INTO holds VALUES ('b');
+TRUNCATE s;
+TABLE left_over;
+TRUNCATE holds;
+
 -- Values exchanged by one statement, which only a constraint checked at its end allows: the target's must be such a one too.
 DELETE FROM migrate._failure;
 DELETE FROM s;

@@ -136,6 +136,18 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
     apply_or_record(m, write, list, middle, to, state, object);
 }
 
+// Within SPI; the list is made in `result`.
+void list_missing(Mapping *m, KeyList *list, MemoryContext result) {
+    const uint64 rows = find_all_missing(m);
+    for (uint64 row = 0; row < rows; row++) {
+        Datum key[INDEX_MAX_KEYS];
+        bool isnull;
+        for (int i = 0; i < m->nparams; i++)
+            key[i] = SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, i + 1, &isnull);
+        append_key(list, m, key, NULL, result);
+    }
+}
+
 bool needs_subtransaction(const Mapping *m) {
     return is_guarded(m, Write::kUpsert) || is_guarded(m, Write::kRemove);
 }
@@ -190,6 +202,23 @@ void apply_touched(Mapping *m, const Touched &touched) {
     apply_list(m, Write::kRemove, touched.remove);
     DEBUG_POINT("dual write: deletes done");
     apply_list(m, Write::kUpsert, touched.upsert);
+}
+
+// All rows at once; where one of them cannot go, by key, so that the others do.
+void apply_truncation(Mapping *m) {
+    auto all = [&] { with_spi([&] { remove_all_missing(m); }); };
+    if (!is_guarded(m, Write::kRemove)) return all();
+    if (!none_left()) {
+        subtransactions++;
+        ErrorData *error = attempt(Undo::kSubtransaction, all);
+        if (error == NULL) return;
+        if (must_pass_on(m, is_urgent(m, Write::kRemove), error)) ReThrowError(error);
+    }
+    KeyList missing = {};
+    MemoryContext result = CurrentMemoryContext;
+    with_spi([&] { list_missing(m, &missing, result); });
+    grant_subtransactions();
+    apply_list(m, Write::kRemove, missing);
 }
 
 void grant_subtransactions() {

@@ -12,6 +12,9 @@ void apply_list(Mapping *mapping, Write write, const KeyList &list);
 // Removals and upserts, as one change where dest allows.
 void apply_touched(Mapping *mapping, const Touched &touched);
 
+// TRUNCATE of origin.
+void apply_truncation(Mapping *mapping);
+
 // Whether the statements' share of subtransactions, which best_effort takes, is used up in this transaction.
 bool is_exhausted(const Mapping *mapping);
 

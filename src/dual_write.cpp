@@ -247,11 +247,10 @@ Datum migrate_dual_write_flush(PG_FUNCTION_ARGS) {
 // AFTER TRUNCATE … FOR EACH STATEMENT EXECUTE FUNCTION migrate._dual_write_truncate(flow, direction)
 Datum migrate_dual_write_truncate(PG_FUNCTION_ARGS) {
     CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
-    if (entry && entry->mapping->carry_delete && !is_echo(entry->mapping))
-        with_spi([&] {
-            remove_all_missing(entry->mapping);
-            DEBUG_POINT("dual write: truncate carried");
-        });
+    if (entry && entry->mapping->carry_delete && !is_echo(entry->mapping)) {
+        apply_truncation(entry->mapping);
+        DEBUG_POINT("dual write: truncate carried");
+    }
     return PointerGetDatum(NULL);
 }
 

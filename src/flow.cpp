@@ -182,4 +182,14 @@ void remove_all_missing(Mapping *m) {
     });
 }
 
+uint64 find_all_missing(Mapping *m) {
+    uint64 found = 0;
+    as_dest_owner(m, 0, [&] {
+        Sql sql;
+        select_missing(sql, m, dest_share(m));
+        found = run_latest(prepare_once(m, sql.c_str(), 0), NULL, NULL);
+    });
+    return found;
+}
+
 }  // namespace migrate

@@ -29,6 +29,9 @@ bool remove_rivals(Mapping *mapping, KeyArrays keys, Oid index);
 // Deletes every row of this mapping's share of dest that no mapping view yields: what TRUNCATE asks for. As above.
 void remove_all_missing(Mapping *mapping);
 
+// Finds the keys of those rows, as origin has them: they are in SPI_tuptable, and their number is returned. As above.
+uint64 find_all_missing(Mapping *mapping);
+
 // Whether this backend is inside a write by this mapping (a function called by it has led to another one).
 bool is_in_use(const Mapping *mapping);
 

@@ -38,25 +38,12 @@ void view_columns(Sql &sql, const Mapping *m, const char *alias) {
     for (int i = 0; i < m->ncolumns; i++) view_column(sql.comma(i == 0), m, alias, i + 1);
 }
 
-// 0 where the view does not fill the column.
-int view_position(const Mapping *m, AttrNumber dest_column) {
-    for (int i = 0; i < m->ncolumns; i++)
-        if (m->columns[i] == dest_column) return i + 1;
-    return 0;
-}
-
-bool is_key(const Mapping *m, AttrNumber dest_column) {
-    for (int i = 0; i < m->nkey; i++)
-        if (m->key[i].dest == dest_column) return true;
-    return false;
-}
-
 // Calls each(column, is_first) for the columns that are no part of the key; returns how many there are.
 template <class Fn>
 int for_each_value_column(const Mapping *m, Fn each) {
     int n = 0;
     for (int i = 0; i < m->ncolumns; i++)
-        if (!is_key(m, m->columns[i])) each(i, n++ == 0);
+        if (!is_key(m, &KeyColumn::dest, m->columns[i])) each(i, n++ == 0);
     return n;
 }
 
@@ -83,6 +70,16 @@ void on_conflict(Sql &sql, const Mapping *m) {
             .add(")::record OPERATOR(pg_catalog.*<>) ROW(")
             .add(theirs.c_str())
             .add(")::record");
+}
+
+// FROM dest d WHERE <condition> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that feeds dest]
+void from_missing(Sql &sql, const Mapping *m, const char *condition) {
+    sql.add(" FROM ").relation(m->dest).add(" d WHERE ").add(condition);
+    for (int i = is_mutant(mutant::event_not_state) ? m->nshared : -1; i < m->nshared; i++) {
+        const Oid view = i < 0 ? m->view : m->shared[i];
+        view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(view).add(" v WHERE "), m, i);
+        sql.add(")");
+    }
 }
 
 }  // namespace
@@ -198,7 +195,7 @@ bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index) {
         const AttrNumber attnum = form->indkey.values[i];  // 0: an expression
         // (The index may be a partition's, which may number the columns otherwise.)
         const AttrNumber column = attnum == 0 ? 0 : get_attnum(m->dest, get_attname(form->indrelid, attnum, false));
-        const int position = view_position(m, column);
+        const int position = position_of(m->columns, m->ncolumns, column);
         if (!(all = position > 0)) continue;
         view_column(sql.sep(i == 0, " AND ").add("d.").column(m->dest, column).add(kEqual).add("("), m, "v", position);
         sql.add(")::").type(get_atttype(m->dest, column));
@@ -207,15 +204,17 @@ bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index) {
     return all;
 }
 
-// DELETE FROM dest d WHERE <key in params> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that
-// feeds dest]
 void delete_missing(Sql &sql, const Mapping *m, const char *condition) {
-    sql.add("DELETE FROM ").relation(m->dest).add(" d WHERE ").add(condition);
-    for (int i = is_mutant(mutant::event_not_state) ? m->nshared : -1; i < m->nshared; i++) {
-        const Oid view = i < 0 ? m->view : m->shared[i];
-        view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(view).add(" v WHERE "), m, i);
-        sql.add(")");
+    from_missing(sql.add("DELETE"), m, condition);
+}
+
+void select_missing(Sql &sql, const Mapping *m, const char *condition) {
+    sql.add("SELECT ");
+    for (int i = 0; i < m->nparams; i++) {
+        const KeyColumn &key = m->key[m->params[i]];
+        sql.comma(i == 0).add("(d.").column(m->dest, key.dest).add(")::").type(key.origin_type);
     }
+    from_missing(sql, m, condition);
 }
 
 }  // namespace migrate

@@ -36,4 +36,7 @@ bool update_from(Sql &sql, const Mapping *m, const char *from, const char *condi
 // dest]
 void delete_missing(Sql &sql, const Mapping *m, const char *condition);
 
+// SELECT (d.k1)::type, … FROM dest d WHERE … as above: the keys of these rows as origin has them
+void select_missing(Sql &sql, const Mapping *m, const char *condition);
+
 }  // namespace migrate

@@ -124,7 +124,7 @@ sub may_get
 		'40P01' => !$ours || $in_limits,    # who writes to both sides at once may meet himself
 		'40001' => $ours ? $self->{level} eq 'SERIALIZABLE' || $snapshot && ($in_limits || $self->{schema}{partitioned}) : $snapshot || $self->{schema}{partitioned},
 		'23505' => !$ours,
-		'55P03' => $kind eq 'truncate' && !$ours,
+		'55P03' => $kind eq 'truncate' && (!$ours || $in_limits),    # its lock_timeout ends it before the deadlock is found
 		'55006' => $kind eq 'truncate' && !$ours && $self->{schema}{deferrable},    # checks of the key are still to come
 		'42704' => $kind eq 'end prepared', '55000' => $kind eq 'end prepared',
 	);
