@@ -41,6 +41,8 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
     ('window', 'window', '', 'always', false, NULL, NULL, NULL, '22:00-06:00 Europe/Berlin', 'hours in which the backfill runs'),
     ('lock_timeout', 'ms', 'ms', '10', false, 1, 60000, NULL, '10 ms', 'how long one attempt at a table lock may make the application wait'),
     ('cutover_timeout', 'ms', 'ms', '60000', false, 1, 86400000, NULL, '60 s', 'how long start, cutover and rollback go on trying'),
+    ('cancel_blockers', 'ms', 'ms', 'none', true, 0, 86400000, NULL, '5 s',
+     'how long start, cutover, rollback and finalize wait for who is in the way before they cancel his statement, or end his session where it is idle in a transaction; none: never'),
     ('rollback_window', 'interval', 'hours', '48 hours', false, 0, 31622400000, NULL, '48 hours', 'how long after cutover finalize is refused'),
     ('shadow_rate', 'ratio', '', '0', false, 0, 1, NULL, '0.01', 'share of the keys that shadow reads compare; 0 turns them off'),
     ('shadow_time', 'interval', 'minutes', '10 minutes', false, 0, 2678400000, NULL, '10 minutes', 'how long shadow reads go on before ready'),

@@ -58,6 +58,41 @@ LANGUAGE sql VOLATILE AS $$
     ORDER BY h.pid
 $$;
 
+-- When whoever is in the way is to be ended, by option cancel_blockers; NULL: never. A rehearsal ends nobody.
+CREATE FUNCTION migrate._ends_blockers_at(m_id integer, dry_run boolean) RETURNS timestamptz
+LANGUAGE sql VOLATILE AS $$ SELECT clock_timestamp() + migrate._opt_ms(m_id, 'cancel_blockers') * interval '1 ms' WHERE NOT dry_run $$;
+
+-- As pg_cancel_backend() has it, which asks for the rights of who calls it: here of the verb's caller.
+CREATE FUNCTION migrate._may_signal(caller regrole, backend_role oid) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT (SELECT r.rolsuper FROM pg_roles r WHERE r.oid = caller)
+        OR NOT coalesce((SELECT r.rolsuper FROM pg_roles r WHERE r.oid = backend_role), true)
+           AND (pg_has_role(caller, backend_role, 'USAGE') OR pg_has_role(caller, 'pg_signal_backend', 'USAGE'))
+$$;
+
+-- Cancels the statement of each of these backends, or ends its session where it is idle in a transaction, for then there is nothing to
+-- cancel. Only who has been there since then, is no process of the server's own but autovacuum (which may go on later, unless it
+-- prevents a wraparound), and may be signalled by the caller. All are named: before it is due, too.
+CREATE FUNCTION migrate._end_blockers(m migrate._migration, caller regrole, pids integer[], there_since timestamptz, due timestamptz) RETURNS void
+LANGUAGE plpgsql STRICT AS $$
+DECLARE
+    b record;
+BEGIN
+    PERFORM pg_stat_clear_snapshot();
+    FOR b IN SELECT a.pid, migrate._describe_backend(caller, a.pid) AS description,
+                    CASE WHEN a.state LIKE 'idle in transaction%' THEN 'its session is ended' ELSE 'its statement is cancelled' END AS what
+             FROM pg_stat_activity a WHERE a.pid = ANY (pids) AND a.xact_start <= there_since AND migrate._may_signal(caller, a.usesysid)
+               AND (a.backend_type = 'client backend' OR a.backend_type = 'autovacuum worker' AND a.query NOT LIKE '%to prevent wraparound%') ORDER BY a.pid LOOP
+        IF clock_timestamp() < due THEN
+            RAISE NOTICE 'in the way of migration "%": %; in % %', m.name, b.description, migrate._seconds(due - clock_timestamp()), b.what;
+            CONTINUE;
+        END IF;
+        RAISE WARNING 'in the way of migration "%": %; %', m.name, b.description, b.what;
+        PERFORM CASE WHEN b.what ~ 'session' THEN pg_terminate_backend(b.pid) ELSE pg_cancel_backend(b.pid) END;
+        PERFORM migrate._event(m, caller, 'blocker ended', format('option cancel_blockers: %s; %s', b.description, b.what));
+    END LOOP;
+END $$;
+
 -- Whether this transaction keeps the application waiting already, as a second switch in one transaction does. (The application
 -- knows nothing of our own views and tables.)
 CREATE FUNCTION migrate._holds_locks() RETURNS boolean
@@ -96,6 +131,8 @@ DECLARE
     endings text[];
     present text[];
     crossed integer;
+    in_the_way integer[];
+    ends_blockers_at timestamptz := migrate._ends_blockers_at(m.id, dry_run);
 BEGIN
     attempts := 0;
     blockers := '{}';
@@ -116,10 +153,13 @@ BEGIN
         EXCEPTION
             WHEN SQLSTATE 'MGUND' THEN RETURN;
             WHEN lock_not_available OR deadlock_detected THEN
-                SELECT array_agg(b.ending), array_agg(b.description), min(b.pid) FILTER (WHERE holding AND pg_backend_pid() = ANY (pg_blocking_pids(b.pid)))
-                INTO endings, present, crossed FROM migrate._blockers(caller, relations, modes, attempt_began) b;
+                SELECT array_agg(b.ending), array_agg(b.description), min(b.pid) FILTER (WHERE holding AND pg_backend_pid() = ANY (pg_blocking_pids(b.pid))), array_agg(b.pid)
+                INTO endings, present, crossed, in_the_way FROM migrate._blockers(caller, relations, modes, attempt_began) b;
         END;
         blockers := coalesce(present, blockers);
+        IF ends_blockers_at IS NOT NULL AND crossed IS NULL AND (attempts = 1 OR clock_timestamp() >= ends_blockers_at) THEN
+            PERFORM migrate._end_blockers(m, caller, in_the_way, attempt_began, ends_blockers_at);
+        END IF;
         -- (Who waits for what this transaction holds already cannot go away before it.)
         EXIT WHEN crossed IS NOT NULL OR clock_timestamp() + pause_ms * interval '1 ms' > last;
         PERFORM pg_sleep(pause_ms * (0.75 + random() / 2) / 1000);

@@ -81,12 +81,20 @@ BEGIN
 END $$;
 
 -- Waits, holding no lock of this call, until nobody can see a state from before now; raises with who still does at the deadline.
-CREATE FUNCTION migrate._wait_for_snapshots(m migrate._migration, caller regrole, goal text, deadline timestamptz, without text) RETURNS void
+CREATE FUNCTION migrate._wait_for_snapshots(m migrate._migration, caller regrole, goal text, deadline timestamptz, dry_run boolean, without text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    timeout_ms bigint := extract(epoch FROM deadline - clock_timestamp()) * 1000;
-    pids integer[] := migrate._old_snapshots(greatest(timeout_ms, 0));
+    began timestamptz := clock_timestamp();
+    ends_blockers_at timestamptz := migrate._ends_blockers_at(m.id, dry_run);
+    pids integer[];
+    step timestamptz;
 BEGIN
+    -- Named after a moment, ended when that is due, and at last waited for as long as it may take.
+    FOREACH step IN ARRAY CASE WHEN ends_blockers_at IS NULL THEN ARRAY[deadline] ELSE ARRAY[least(began + interval '100 ms', ends_blockers_at), ends_blockers_at, deadline] END LOOP
+        pids := migrate._old_snapshots(greatest(extract(epoch FROM least(step, deadline) - clock_timestamp()) * 1000, 0)::bigint);
+        EXIT WHEN pids = '{}' OR clock_timestamp() >= deadline;
+        PERFORM migrate._end_blockers(m, caller, pids, began, ends_blockers_at);
+    END LOOP;
     IF pids = '{}' THEN
         RETURN;
     END IF;
@@ -157,7 +165,7 @@ BEGIN
     END;
     -- @point switch: gates checked
     IF EXISTS (SELECT FROM migrate._switch_parts(parts) p WHERE p.due AND 'snapshots' <> ALL (p.skipped)) THEN
-        PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,
+        PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, dry_run, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,
             CASE cardinality(names) WHEN 1 THEN quote_literal(names[1]) ELSE format('%L::text[]', names) END));
     END IF;
     -- @point switch: old snapshots gone
