@@ -4,14 +4,15 @@
 -- Everything to lock, in the one order that does not deadlock with an application, which locks the view first, then its table, then the
 -- table's sequence: of several migrations all views, then all tables, then all sequences.
 CREATE FUNCTION migrate._switch_locks(m_ids integer[], OUT relations regclass[], OUT modes text[])
-LANGUAGE sql STABLE AS $$
+LANGUAGE sql VOLATILE AS $$
     WITH wanted AS (
         SELECT 1 AS rank, v.view AS relation, 'ACCESS EXCLUSIVE' AS mode FROM migrate._view v JOIN pg_class c ON c.oid = v.view WHERE v.migration = ANY (m_ids)
         UNION SELECT 2, r, 'SHARE ROW EXCLUSIVE' FROM migrate._flow f, LATERAL (SELECT migrate._partition_tree(f.source) UNION
               SELECT migrate._partition_tree(f.target)) AS t(r) WHERE f.migration = ANY (m_ids)
         UNION SELECT 3, s.sequence, 'SHARE ROW EXCLUSIVE' FROM unnest(m_ids) m(id), LATERAL migrate._sequences(m.id) s
-    )
-    SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM wanted w
+        UNION SELECT * FROM migrate._swap_locks(m_ids)
+    ), strongest AS (SELECT w.rank, w.relation, min(w.mode) AS mode FROM wanted w GROUP BY 1, 2)  -- (the names are in that order)
+    SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM strongest w
 $$;
 
 -- The switch itself, under the locks. Returns what it did, one line each.
@@ -36,6 +37,8 @@ BEGIN
                        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND p.direction = 'reverse');
         -- @point switch: reverse triggers created
     END IF;
+    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped) ELSE migrate._swap_back(m) END;
+    -- @point switch: names swapped
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
         PERFORM migrate._replace_view(v, side);
         -- @point switch: one view replaced
@@ -156,6 +159,8 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     -- @point switch: gates checked
+    PERFORM migrate._interrupt_restore(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND migrate._is_swapped(m.id);
+    PERFORM migrate._swap_analyze(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND side = 'target' AND NOT dry_run;
     IF EXISTS (SELECT FROM migrate._switch_parts(parts) p WHERE p.due AND 'snapshots' <> ALL (p.skipped)) THEN
         PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,
             CASE cardinality(names) WHEN 1 THEN quote_literal(names[1]) ELSE format('%L::text[]', names) END));
@@ -170,6 +175,8 @@ BEGIN
             replace(p.did, E'\n', '; '))) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due;
     END IF;
     -- @point switch: event written
+    -- (Foreign keys that were swapped are to be validated. Without a free slot that waits.)
+    PERFORM migrate._launch_worker(m.id, 0) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND NOT dry_run AND migrate._is_restoring(m.id);
     RETURN migrate._switch_answer(names, parts, dry_run, side,
         format('locks: all got at attempt %s within %s ms, held for %s ms', done.attempts, done.lock_ms, done.held_ms));
 END $$;
