@@ -261,16 +261,16 @@ BEGIN
         PERFORM migrate._raise('42809', format('%I.%I is not the source of migration "%s"', schema, relation, m.name), '',
             format('SELECT migrate.add_view(%L, %L, shape => ''source''); lets a view take the name of table %s.', m.name, f.source, f.source));
     END IF;
+    IF migrate._opt(m.id, 'cutover') = 'swap' THEN
+        PERFORM migrate._raise('55000', format('table %s cannot step aside for a view', f.source), format('Option "cutover" of migration "%s" is swap: cutover gives its name to table %s.', m.name, f.target),
+            format('SELECT migrate.set(%L, ''cutover'', ''default''); takes that back.', m.name));
+    END IF;
     SELECT string_agg(c.name, ', ') INTO missing FROM migrate._columns_of(f.source) c
     WHERE NOT EXISTS (SELECT FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'reverse' AND c.attnum = ANY (p.columns));
     IF missing IS NOT NULL THEN
         PERFORM migrate._raise('55000', format('the reverse mapping of flow "%s" does not give every column of %s', f.name, f.source),
             format('Missing: %s. After cutover the view must show them from %s.', missing, f.target),
             format('Give a reverse mapping with all columns at define, or let applications use a view of shape target: SELECT migrate.add_view(%L, ''…'');', m.name));
-    END IF;
-    IF migrate._opt(m.id, 'cutover') = 'swap' THEN
-        PERFORM migrate._raise('55000', format('table %s cannot step aside for a view', f.source), format('Option "cutover" of migration "%s" is swap: cutover gives its name to table %s.', m.name, f.target),
-            format('SELECT migrate.set(%L, ''cutover'', ''default''); takes that back.', m.name));
     END IF;
     PERFORM migrate._require_create(caller, schema);
     PERFORM migrate._require_create(migrate._table_owner(f.source), schema);

@@ -81,6 +81,8 @@ BEGIN
         why := form;
     ELSIF k.conrelid = p.target THEN
         why := 'it is the target''s own';
+    ELSIF EXISTS (SELECT FROM pg_class c WHERE c.oid IN (p.source, p.target) AND c.relkind = 'p') THEN
+        why := 'one of the tables is partitioned';
     ELSIF array_position(image, NULL) IS NOT NULL THEN
         why := 'the target has no column that is mapped from what it references, bare';
     ELSIF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = p.target AND i.indisunique AND i.indimmediate AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL

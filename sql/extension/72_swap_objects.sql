@@ -86,7 +86,7 @@ DECLARE
     v record;
     why text;
 BEGIN
-    FOR v IN SELECT DISTINCT c.oid, c.oid::regclass::text AS name, c.relkind, c.relowner::regrole AS owner, c.relnamespace, r.oid AS rule,
+    FOR v IN SELECT DISTINCT c.oid, c.oid::regclass::text AS name, c.relkind, c.relowner::regrole AS owner, c.relnamespace, r.oid AS rule, r.rulename,
                     (SELECT x.name FROM migrate._view w JOIN migrate._migration x ON x.id = w.migration WHERE w.view = c.oid) AS switched_by
              FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
              WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = p.source AND c.relnamespace <> 'migrate'::regnamespace ORDER BY c.oid LOOP
@@ -97,8 +97,9 @@ BEGIN
                     WHEN NOT has_schema_privilege(v.owner, v.relnamespace, 'CREATE') THEN format('its owner %s lacks CREATE on its schema', v.owner)
                     ELSE migrate._swap_unbindable(p, 'pg_rewrite', v.rule) END;
         IF why IS NOT NULL THEN
-            RETURN NEXT migrate._swap_refused(format('%s %s', CASE v.relkind WHEN 'm' THEN 'materialized view' WHEN 'v' THEN 'view' ELSE 'rule of' END, v.name), 'cannot read the new table: ' || why,
-                format('DROP %sVIEW %s; and create it again, over the new table, after cutover.', CASE v.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, v.name));
+            RETURN NEXT migrate._swap_refused(format('%s %s', CASE v.relkind WHEN 'm' THEN 'materialized view' WHEN 'v' THEN 'view' ELSE format('rule %I of', v.rulename) END, v.name), 'cannot read the new table: ' || why,
+                CASE WHEN v.relkind IN ('v', 'm') THEN format('DROP %sVIEW %s;', CASE v.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, v.name)
+                     ELSE format('DROP RULE %I ON %s;', v.rulename, v.name) END || ' and create it again, over the new table, after cutover.');
         ELSE
             RETURN NEXT migrate._swap_step(14, 'view', 'view ' || v.name, format('view %s reads the new table', v.name), v.oid, v.owner, migrate._swap_view_text(v.oid), migrate._swap_view_text(v.oid));
         END IF;
@@ -142,6 +143,7 @@ BEGIN
         why := CASE WHEN b.has_target THEN NULL
                     WHEN migrate._swap_unlike(p, 'pg_publication_rel', b.oid, false) IS NOT NULL THEN migrate._swap_unlike(p, 'pg_publication_rel', b.oid, false)
                     WHEN NOT pg_has_role(b.owner, p.owner, 'USAGE') THEN format('its owner %s does not own the table', b.owner)
+                    WHEN EXISTS (SELECT FROM pg_class c WHERE c.oid = p.target AND c.relkind = 'p') THEN 'the target is partitioned'
                     WHEN b.changes AND NOT migrate._swap_has_identity(p) THEN 'the target has no replica identity'
                     WHEN b.changes AND tail <> '' AND NOT EXISTS (SELECT FROM pg_index i JOIN pg_index j ON j.indrelid = p.target AND j.indisprimary
                                                   WHERE i.indrelid = p.source AND i.indisprimary AND migrate._swap_image(p, i.indkey::int2[]) = j.indkey[0:j.indnatts - 1]::int2[])
@@ -180,7 +182,7 @@ CREATE FUNCTION migrate._swap_dependents(p migrate._swap_pair) RETURNS SETOF mig
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN QUERY SELECT y.* FROM (
-            SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) AS object FROM pg_type t JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.oid, t.typarray)
+            SELECT DISTINCT regexp_replace(pg_describe_object(d.classid, d.objid, d.objsubid), '^rule _RETURN on ', '') AS object FROM pg_type t JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.oid, t.typarray)
             WHERE t.typrelid = p.source AND d.deptype <> 'i' ORDER BY 1) o,
         LATERAL migrate._swap_refused(o.object, format('uses the row type of %s', p.source), 'Drop it, or let it use another type: after cutover the name means another table.') y;
     RETURN QUERY SELECT y.* FROM (

@@ -32,6 +32,8 @@ BEGIN
         taken := taken || aside;
         IF c.bare AND NOT c.fits THEN
             RETURN NEXT migrate._swap_refused(c.object || ' of ' || p.target, 'has no default, and that of the source is of a type that does not fit', format('ALTER TABLE %s ALTER %I SET DEFAULT …;', p.target, c.dest));
+        ELSIF c.bare AND c.identity <> '' AND current_setting('server_version_num')::integer < 170000 AND (SELECT t.relkind FROM pg_class t WHERE t.oid = p.target) = 'p' THEN
+            RETURN NEXT migrate._swap_refused(c.object || ' of ' || p.target, 'cannot be an identity, as it is in the source: the table is partitioned', format('ALTER TABLE %s ALTER %I SET DEFAULT …;', p.target, c.dest));
         ELSIF c.bare AND c.identity <> '' AND NOT (c.attnotnull AND c.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)) THEN
             RETURN NEXT migrate._swap_refused(c.object || ' of ' || p.target, 'cannot be an identity, as it is in the source: it is not a NOT NULL whole number', format('ALTER TABLE %s ALTER %I SET DEFAULT …;', p.target, c.dest));
         ELSIF c.bare AND c.identity <> '' THEN
@@ -202,9 +204,13 @@ BEGIN
           UNION ALL
           SELECT 'toast.' || o.option_name, o.option_value FROM pg_class a, pg_class b, pg_options_to_table(a.reloptions) o
           WHERE a.oid = s.reltoastrelid AND b.oid = t.reltoastrelid AND o.option_name NOT IN (SELECT x.option_name FROM pg_options_to_table(b.reloptions) x)) o;
-    IF s.relreplident IN ('f', 'n') AND t.relreplident = 'd' THEN
+    IF t.relreplident <> 'd' OR s.relreplident = 'd' THEN
+        RETURN;
+    ELSIF t.relkind = 'p' THEN
+        RETURN NEXT migrate._swap_refused('replica identity of ' || p.source, 'cannot be carried: the target is partitioned', format('ALTER TABLE %s REPLICA IDENTITY DEFAULT;', p.source));
+    ELSIF s.relreplident IN ('f', 'n') THEN
         wanted := CASE s.relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END;
-    ELSIF s.relreplident = 'i' AND t.relreplident = 'd' THEN
+    ELSE
         SELECT c.relname INTO twin FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = p.source AND i.indisreplident
             AND EXISTS (SELECT FROM migrate._swap_indexes(p) x WHERE x.object = 'index ' || quote_ident(c.relname) AND x.kind = 'step');
         wanted := 'USING INDEX ' || quote_ident(twin);  -- which the target's index is called by then
@@ -263,7 +269,7 @@ BEGIN
              GROUP BY x.privilege_type, x.grantee, a.attname, b.attname, a.attnum ORDER BY a.attnum, 2, 1 LOOP
         IF g.dest IS NULL THEN
             RETURN NEXT migrate._swap_refused(format('%s of %s on column %I of %s', g.privilege, g.grantee, g.origin, p.source), 'cannot be carried: no column of the target is that column, bare',
-                format('GRANT %s (…) ON %s TO %s; where it is meant, then REVOKE %1$s (%I) ON %s FROM %3$s;', g.privilege, p.target, g.grantee, g.origin, p.source));
+                format('GRANT %1$s (…) ON %2$s TO %3$s; where it is meant, then REVOKE %1$s (%4$I) ON %5$s FROM %3$s;', g.privilege, p.target, g.grantee, g.origin, p.source));
         ELSE
             RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s on column %I is granted to %s', g.privilege, g.dest, g.grantee), p.target, p.owner,
                 ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s (%I) ON ', g.privilege, g.dest), ' FROM ' || g.grantee]);

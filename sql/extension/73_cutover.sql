@@ -159,7 +159,8 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     -- @point switch: gates checked
-    PERFORM migrate._interrupt_restore(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND migrate._is_swapped(m.id);
+    PERFORM migrate._interrupt_restore(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id)
+        WHERE p.due AND EXISTS (SELECT FROM migrate._still_deferred(m.id) d WHERE d.relation IS NOT NULL);
     PERFORM migrate._swap_analyze(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND side = 'target' AND NOT dry_run;
     IF EXISTS (SELECT FROM migrate._switch_parts(parts) p WHERE p.due AND 'snapshots' <> ALL (p.skipped)) THEN
         PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,

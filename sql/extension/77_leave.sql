@@ -175,7 +175,8 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF migrate._is_restoring(m.id) THEN
         PERFORM migrate._launch_worker(m.id, 0) WHERE migrate._has_work(m);
-        PERFORM migrate._raise('55000', format('migration "%s" cannot be %s yet: what start set aside is still being built', m.name, verb),
+        PERFORM migrate._raise('55000', format('migration "%s" cannot be %s yet: %s', m.name, verb, CASE
+                WHEN EXISTS (SELECT FROM migrate._still_deferred(m.id) d WHERE d.relation IS NULL) THEN 'what start set aside is still being built' ELSE 'its foreign keys are still being validated' END),
             (SELECT string_agg(migrate._deferred_name(d) || ' of ' || coalesce(d.relation, f.target), ', ' ORDER BY d.flow, d.ordinal) FROM migrate._still_deferred(m.id) d JOIN migrate._flow f ON f.id = d.flow),
             format('SELECT state, throttled_by, last_error FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name));
     END IF;
