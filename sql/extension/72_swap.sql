@@ -5,7 +5,7 @@
 -- The tables change their names first, in both directions. So every text that PostgreSQL prints of an object that depends on the
 -- source (a view, a policy, a trigger) can be executed as it is, and means the table that has the name then.
 
-CREATE TYPE migrate._swap_step AS (rank integer, kind text, object text, says text, relation regclass, role regrole, forward text[], inverse text[], validates boolean);
+CREATE TYPE migrate._swap_step AS (rank integer, kind text, object text, says text, relation oid, role regrole, forward text[], inverse text[], validates boolean);
 COMMENT ON TYPE migrate._swap_step IS
     'kind: name, view, function, publication, key, step; note (it stays with the old table); refused (it cannot be carried: says why, forward has the hint). Between the pieces of forward and inverse comes the present name of relation';
 
@@ -13,7 +13,7 @@ COMMENT ON TYPE migrate._swap_step IS
 -- mapped from it bare; NULL where there is none.
 CREATE TYPE migrate._swap_pair AS (flow integer, source regclass, target regclass, owner regrole, schema text, name text, image int2[]);
 
-CREATE FUNCTION migrate._swap_step(rank integer, kind text, object text, says text, relation regclass, role regrole, forward text[], inverse text[], validates boolean DEFAULT false)
+CREATE FUNCTION migrate._swap_step(rank integer, kind text, object text, says text, relation oid, role regrole, forward text[], inverse text[], validates boolean DEFAULT false)
 RETURNS migrate._swap_step LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(rank, kind, object, says, relation, role, forward, inverse, validates)::migrate._swap_step $$;
 
 CREATE FUNCTION migrate._swap_refused(object text, why text, hint text) RETURNS migrate._swap_step

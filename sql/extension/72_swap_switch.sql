@@ -70,7 +70,7 @@ CREATE FUNCTION migrate._swap_locks(m_ids integer[]) RETURNS TABLE (rank integer
 LANGUAGE sql VOLATILE AS $$
     WITH m AS (SELECT x FROM migrate._migration x WHERE x.id = ANY (m_ids) AND (migrate._opt(x.id, 'cutover') = 'swap' OR migrate._is_swapped(x.id))
     ), changed AS (
-        SELECT s.relation FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
+        SELECT s.relation::regclass FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
         UNION SELECT s.relation FROM m JOIN migrate._swapped s ON s.migration = (m.x).id
         UNION SELECT r FROM m JOIN migrate._flow f ON f.migration = (m.x).id, LATERAL (SELECT migrate._partition_tree(f.source) UNION SELECT migrate._partition_tree(f.target)) t(r)
     )
@@ -79,36 +79,77 @@ LANGUAGE sql VOLATILE AS $$
     SELECT 2, k.confrelid::regclass, 'SHARE ROW EXCLUSIVE' FROM m JOIN migrate._flow f ON f.migration = (m.x).id JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid IN (f.source, f.target)
 $$;
 
-CREATE FUNCTION migrate._swap_execute(s migrate._swapped, pieces text[], role regrole) RETURNS void
-LANGUAGE sql AS $$ SELECT migrate._as(role, array_to_string(pieces, coalesce(migrate._relation_name(s.relation), ''))) $$;
+-- Everything that _swap_steps() reads, as far as anybody but a switch changes it; so the list that was made before the locks is used
+-- under them where nothing has changed meanwhile, and the application does not wait for its making.
+CREATE FUNCTION migrate._swap_version(m_id integer) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    tables oid[] := ARRAY(SELECT r.oid FROM migrate._flow f, LATERAL (VALUES (f.source::oid), (f.target::oid)) r(oid) WHERE f.migration = m_id);
+    depends oid[] := ARRAY(SELECT d.objid FROM pg_depend d WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (tables) AND d.classid <> 'pg_trigger'::regclass);
+BEGIN
+    RETURN (SELECT md5(string_agg(x.line, ',' ORDER BY x.line)) FROM (
+        SELECT concat_ws(' ', c.oid, c.relname, c.relnamespace, c.relowner, c.relacl, c.reloptions, c.relreplident, c.relrowsecurity) AS line FROM pg_class c WHERE c.oid = ANY (tables || depends)
+        UNION ALL SELECT concat_ws(' ', d.classid, d.objid, d.objsubid, d.refobjid, d.refobjsubid) FROM pg_depend d WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (tables) AND d.classid <> 'pg_trigger'::regclass
+        UNION ALL SELECT concat_ws(' ', 'type', d.classid, d.objid) FROM pg_type t JOIN pg_depend d ON d.refclassid = 'pg_type'::regclass AND d.refobjid IN (t.oid, t.typarray) WHERE t.typrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'column', a.attrelid, a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'default', a.oid, a.xmin) FROM pg_attrdef a WHERE a.adrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'index', i.indexrelid, i.xmin) FROM pg_index i WHERE i.indrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'constraint', k.oid, k.xmin) FROM pg_constraint k WHERE k.conrelid = ANY (tables) OR k.oid = ANY (depends)
+        UNION ALL SELECT concat_ws(' ', 'trigger', g.oid, g.xmin) FROM pg_trigger g WHERE g.tgrelid = ANY (tables) AND NOT g.tgisinternal AND g.tgname NOT LIKE '!migrate%'
+        UNION ALL SELECT concat_ws(' ', 'policy', p.oid, p.xmin) FROM pg_policy p WHERE p.polrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'statistics', s.oid, s.xmin) FROM pg_statistic_ext s WHERE s.stxrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'comment', s.objoid, s.objsubid, s.xmin) FROM pg_description s WHERE s.objoid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'publication', p.oid, p.xmin, u.xmin) FROM pg_publication_rel p JOIN pg_publication u ON u.oid = p.prpubid WHERE p.prrelid = ANY (tables)
+        UNION ALL SELECT concat_ws(' ', 'view', r.oid, r.xmin, c.relname, c.relowner, c.reloptions) FROM pg_rewrite r JOIN pg_class c ON c.oid = r.ev_class WHERE r.oid = ANY (depends)
+        UNION ALL SELECT concat_ws(' ', 'function', p.oid, p.xmin) FROM pg_proc p WHERE p.oid = ANY (depends)
+        UNION ALL SELECT concat_ws(' ', 'sequence', s.seqrelid, s.xmin) FROM pg_sequence s WHERE s.seqrelid = ANY (depends)) x);
+END $$;
+
+-- The steps, made before the locks, or NULL where there is no swap.
+CREATE FUNCTION migrate._swap_planned(m migrate._migration, caller regrole) RETURNS jsonb
+LANGUAGE sql VOLATILE AS $$
+    SELECT jsonb_build_object('version', migrate._swap_version(m.id), 'steps', (SELECT jsonb_agg(to_jsonb(s)) FROM migrate._swap_steps(m, caller) s))
+    WHERE migrate._opt(m.id, 'cutover') = 'swap' AND NOT migrate._is_swapped(m.id)
+$$;
+
+CREATE FUNCTION migrate._swap_execute(relation oid, pieces text[], role regrole) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    name text;
+BEGIN
+    SELECT format('%I.%I', n.nspname, c.relname) INTO name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation;
+    PERFORM migrate._as(role, array_to_string(pieces, coalesce(name, '')));
+END $$;
 
 -- Under the locks. Returns what it did, one line each.
-CREATE FUNCTION migrate._swap_there(m migrate._migration, caller regrole, skipped text[]) RETURNS text[]
+CREATE FUNCTION migrate._swap_there(m migrate._migration, caller regrole, skipped text[], planned jsonb) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
     steps migrate._swap_step[];
     s migrate._swap_step;
-    done migrate._swapped;
-    did text[] := '{}';
 BEGIN
-    IF migrate._opt(m.id, 'cutover') IS DISTINCT FROM 'swap' OR migrate._is_swapped(m.id) THEN
-        RETURN did;
+    IF planned IS NULL THEN
+        RETURN '{}';
+    ELSIF planned ->> 'version' = migrate._swap_version(m.id) THEN
+        steps := ARRAY(SELECT x FROM jsonb_populate_recordset(NULL::migrate._swap_step, planned -> 'steps') x);
+    ELSE
+        steps := ARRAY(SELECT x FROM migrate._swap_steps(m, caller) x);
     END IF;
-    steps := ARRAY(SELECT x FROM migrate._swap_steps(m, caller) x);
     IF EXISTS (SELECT FROM unnest(steps) x WHERE x.kind = 'refused') AND ('swap' <> ALL (skipped) OR NOT EXISTS (SELECT FROM unnest(steps) x WHERE x.kind = 'name')) THEN
         PERFORM migrate._raise('55000', format('cutover of migration "%s" is refused by gate swap', m.name), (SELECT string_agg(x.says, E'\n') FROM unnest(steps) x WHERE x.kind = 'refused'),
             (SELECT string_agg(x.forward[1], E'\n') FROM unnest(steps) x WHERE x.kind = 'refused'));
     END IF;
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
-    FOR s IN SELECT x.* FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE x.kind NOT IN ('refused', 'note') ORDER BY x.i LOOP
-        INSERT INTO migrate._swapped SELECT m.id, coalesce(max(x.ordinal), 0) + 1, (SELECT min(f.id) FROM migrate._flow f WHERE f.migration = m.id), s.kind, s.object, s.relation, s.role, s.inverse, s.validates
-        FROM migrate._swapped x WHERE x.migration = m.id RETURNING * INTO done;
-        PERFORM migrate._swap_execute(done, s.forward, s.role);
-        did := did || s.says;
+    INSERT INTO migrate._swapped
+    SELECT m.id, x.i, (SELECT min(f.id) FROM migrate._flow f WHERE f.migration = m.id), x.kind, x.object, x.relation, x.role, x.inverse, x.validates
+    FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE x.kind NOT IN ('refused', 'note');
+    FOREACH s IN ARRAY steps LOOP
+        CONTINUE WHEN s.kind IN ('refused', 'note');
+        PERFORM migrate._swap_execute(s.relation, s.forward, s.role);
         -- @point swap: one step there
     END LOOP;
     PERFORM migrate._swap_validates(m);
-    RETURN did;
+    RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE x.kind NOT IN ('refused', 'note'));
 END $$;
 
 -- The other way: the names first, then all the rest, last to first. What is gone meanwhile is not made again; a view or a function is
@@ -130,7 +171,7 @@ BEGIN
             did := did || format('%s is gone: nothing is put back', s.object);
             CONTINUE;
         END IF;
-        PERFORM migrate._swap_execute(s, s.inverse, migrate._swapped_role(s));
+        PERFORM migrate._swap_execute(s.relation, s.inverse, migrate._swapped_role(s));
         did := did || format('%s is put back', s.object);
         -- @point swap: one step back
     END LOOP;

@@ -16,7 +16,7 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 -- The switch itself, under the locks. Returns what it did, one line each.
-CREATE FUNCTION migrate._switch_sides(m_id integer, caller regrole, side text, skipped text[], floors jsonb, move_sequences boolean) RETURNS text
+CREATE FUNCTION migrate._switch_sides(m_id integer, caller regrole, side text, skipped text[], floors jsonb, swap jsonb, move_sequences boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
@@ -37,7 +37,7 @@ BEGIN
                        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND p.direction = 'reverse');
         -- @point switch: reverse triggers created
     END IF;
-    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped) ELSE migrate._swap_back(m) END;
+    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped, swap) ELSE migrate._swap_back(m) END;
     -- @point switch: names swapped
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
         PERFORM migrate._replace_view(v, side);
@@ -61,10 +61,10 @@ END $$;
 
 -- The migrations of a switch as a JSON array, what is found out about each put in as it goes on.
 CREATE FUNCTION migrate._switch_parts(parts jsonb)
-RETURNS TABLE (place integer, id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+RETURNS TABLE (place integer, id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, swap jsonb, locks text, did text)
 LANGUAGE sql IMMUTABLE AS $$
     SELECT (u.i - 1)::integer, p.* FROM jsonb_array_elements(parts) WITH ORDINALITY AS u(part, i),
-           jsonb_to_record(u.part) AS p(id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+           jsonb_to_record(u.part) AS p(id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, swap jsonb, locks text, did text)
     ORDER BY u.i
 $$;
 
@@ -76,8 +76,8 @@ DECLARE
 BEGIN
     FOR p IN SELECT * FROM migrate._switch_parts(parts) x WHERE x.due LOOP
         parts := jsonb_set(parts, ARRAY[p.place::text, 'did'], to_jsonb(concat_ws(E'\n',
-            CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, move_sequences) END,
-            migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, move_sequences))));
+            CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, p.swap, move_sequences) END,
+            migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, p.swap, move_sequences))));
         -- @point switch: one migration switched
     END LOOP;
     RETURN parts::text;
@@ -221,6 +221,9 @@ BEGIN
         PERFORM migrate._require_gates(p.migration, caller, CASE WHEN p.rehearsal THEN 'target' ELSE side END, false, p.skipped);
         parts := jsonb_set(parts, ARRAY[p.place::text, 'floors'],
             (SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') FROM migrate._sequence_targets(p.id) t));
+        IF side = 'target' OR p.rehearsal THEN
+            parts := jsonb_set(parts, ARRAY[p.place::text, 'swap'], coalesce(migrate._swap_planned(p.migration, caller), 'null'));
+        END IF;
         parts := jsonb_set(parts, ARRAY[p.place::text, 'locks'], (SELECT to_jsonb(string_agg(format('locked: %s, %s', u.relation, u.mode), E'\n' ORDER BY u.i))
             FROM migrate._switch_locks(ARRAY[p.id]) l, unnest(l.relations, l.modes) WITH ORDINALITY AS u(relation, mode, i)));
     END LOOP;
