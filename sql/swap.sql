@@ -108,14 +108,15 @@ CREATE FUNCTION catalog() RETURNS TABLE (line text) LANGUAGE sql SET search_path
 $$;
 CREATE PROCEDURE worked(goal text) LANGUAGE plpgsql AS $$
 BEGIN
-    CALL migrate.wait('m', goal, '60 s');
     FOR i IN 1 .. 3000 LOOP
-        EXIT WHEN NOT migrate._is_restoring((SELECT id FROM migrate._migration WHERE name = 'm'));
+        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = 'm' AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
+            RETURN;
+        END IF;
         COMMIT;
         PERFORM pg_sleep(0.02);
         COMMIT;
     END LOOP;
-    ASSERT NOT migrate._is_restoring((SELECT id FROM migrate._migration WHERE name = 'm')), 'not validated';
+    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
 END $$;
 CREATE FUNCTION differ() RETURNS bigint LANGUAGE sql AS $$
     SELECT count(*) FROM migrate._flow f, LATERAL (SELECT (xpath('/row/n/text()', query_to_xml(format('SELECT count(*) AS n FROM %s a FULL JOIN %s b USING (id) WHERE (a.id, a.code, a.client, a.parent, a.status, a.amount, a.note) IS DISTINCT FROM (b.id, b.code, b.client, b.parent, b.status, b.amount, b.note)', f.source, f.target), false, true, '')))[1]::text AS n) x WHERE x.n <> '0'

@@ -13,15 +13,18 @@ CREATE TABLE b (id int PRIMARY KEY, v varchar(10), ww text, nn bigint NOT NULL, 
 CREATE TABLE c (id int PRIMARY KEY, w text);
 \set VERBOSITY default
 
--- A worker validates foreign keys after a switch.
-CREATE PROCEDURE validated() LANGUAGE plpgsql AS $$
+-- Waits for the phase, and until a worker has validated what a switch has added.
+CREATE PROCEDURE worked(goal text) LANGUAGE plpgsql AS $$
 BEGIN
     FOR i IN 1 .. 3000 LOOP
-        EXIT WHEN NOT migrate._is_restoring((SELECT id FROM migrate._migration WHERE name = 'm'));
+        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = 'm' AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
+            RETURN;
+        END IF;
         COMMIT;
         PERFORM pg_sleep(0.02);
         COMMIT;
     END LOOP;
+    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
 END $$;
 
 -- as a whole
@@ -93,8 +96,8 @@ SET ROLE regress_swap_owner;
 SELECT migrate.define('m', 'a', 'b', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 SELECT migrate.start('m');
-CALL migrate.wait('m', timeout => '60 s');
 RESET ROLE;
+CALL worked('ready');
 CREATE TABLE other (a_id int CONSTRAINT other_a REFERENCES a);
 SET ROLE regress_swap_owner;
 SELECT migrate.cutover('m');
@@ -113,8 +116,10 @@ SELECT migrate.rollback('m');
 RESET ROLE;
 SELECT migrate.rollback('m');
 SELECT pg_get_serial_sequence('a', 'id') AS source, pg_get_serial_sequence('b', 'id') AS target;
+SET client_min_messages = error;
 SELECT migrate.cancel('m');
-CALL validated();
+SET client_min_messages = warning;
+CALL worked('cancelled');
 SELECT migrate.drop('m');
 
 -- several tables that reference each other, in one migration; a partitioned target
@@ -135,7 +140,7 @@ SELECT migrate.add_flow('m', 'p', 'p_new', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
 SELECT migrate.start('m');
-CALL migrate.wait('m', timeout => '60 s');
+CALL worked('ready');
 CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql AS $$ SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'swap_test'::regnamespace ORDER BY 1 $$;
 SELECT migrate.cutover('m');
 SELECT regexp_replace(keys(), ' NOT VALID', '');
@@ -147,8 +152,10 @@ SELECT migrate.rollback('m');
 SELECT regexp_replace(keys(), ' NOT VALID', '');
 SELECT * FROM b ORDER BY id;
 SELECT * FROM p ORDER BY id;
+SET client_min_messages = error;
 SELECT migrate.cancel('m');
-CALL validated();
+SET client_min_messages = warning;
+CALL worked('cancelled');
 SELECT migrate.drop('m');
 
 DROP SCHEMA swap_test CASCADE;

@@ -47,7 +47,8 @@ BEGIN
         SELECT * INTO t FROM migrate._swap_key_text(k);
         IF twin = k.conname THEN
             CONTINUE;
-        ELSIF twin IS NOT NULL AND NOT EXISTS (SELECT FROM pg_constraint c WHERE c.conrelid = p.target AND c.conname = k.conname) THEN
+        ELSIF twin IS NOT NULL AND NOT EXISTS (SELECT FROM pg_constraint c WHERE c.conrelid = p.target AND (c.conname = k.conname OR c.conname = twin AND c.confrelid = other.source)) THEN
+            -- (One that references the source of another flow is on its way to that one's target, by its own name.)
             RETURN NEXT migrate._swap_rename_constraint(p, twin, k.conname);
         ELSIF twin IS NOT NULL THEN
             CONTINUE;
