@@ -140,16 +140,36 @@ CREATE TABLE migrate._deferred (
     tablespace text,
     statistics integer[],
     comment    text,
+    relation   regclass,
     state      text NOT NULL DEFAULT 'aside' CHECK (state IN ('aside', 'building', 'added', 'validating', 'restored', 'given_up')),
     why        text,
     PRIMARY KEY (flow, ordinal)
 );
-COMMENT ON TABLE migrate._deferred IS 'indexes and foreign keys of a target that start set aside for the copy';
+COMMENT ON TABLE migrate._deferred IS 'indexes and foreign keys of a target that start set aside for the copy; foreign keys that a swap has added NOT VALID';
+COMMENT ON COLUMN migrate._deferred.relation IS 'of a swap: the table that has the foreign key; NULL: the flow''s target';
 COMMENT ON COLUMN migrate._deferred.head IS 'foreign_key: FOREIGN KEY (columns)';
 COMMENT ON COLUMN migrate._deferred.tail IS 'index: what follows the name of the table; foreign_key: what follows the name of the referenced table';
 COMMENT ON COLUMN migrate._deferred.statistics IS 'statistics target of each column of an index, NULL where it has the default';
 COMMENT ON COLUMN migrate._deferred.state IS
     'aside, building: the index is not there; added, validating: the foreign key is NOT VALID yet; given_up: it cannot be restored, why tells';
+
+-- What a swap did, so that rollback does it the other way. The pieces are as in _deferred: between them comes the present name of
+-- `relation`. By names, never OIDs of what a restored dump does not have yet.
+CREATE TABLE migrate._swapped (
+    migration  integer NOT NULL,
+    ordinal    integer NOT NULL,
+    flow       integer NOT NULL,
+    kind       text NOT NULL,
+    object     text NOT NULL,
+    relation   regclass,
+    role       regrole NOT NULL,
+    inverse    text[],
+    validates  boolean NOT NULL DEFAULT false,
+    PRIMARY KEY (migration, ordinal)
+);
+COMMENT ON TABLE migrate._swapped IS 'while a target has its source''s name: what the swap changed, in its order';
+COMMENT ON COLUMN migrate._swapped.inverse IS 'the statement that undoes it; NULL: something else takes it away';
+COMMENT ON COLUMN migrate._swapped.validates IS 'the foreign key was valid before the swap, and is to be so after the rollback';
 
 CREATE TABLE migrate._range (
     flow       integer NOT NULL,

@@ -48,10 +48,10 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
     ('shadow_time', 'interval', 'minutes', '10 minutes', false, 0, 2678400000, NULL, '10 minutes', 'how long shadow reads go on before ready'),
     ('max_shadow_mismatch_rate', 'ratio', '', '0.001', false, 0, 1, NULL, '0.001', 'share of shadow reads that may differ before cutover is refused'),
     ('require', 'list', '', 'all', false, NULL, NULL,
-     '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,sequences,snapshots}', 'failures,validation',
+     '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,swap,sequences,snapshots}', 'failures,validation',
      'the gates that cutover insists on'),
     ('cutover', 'enum', '', 'auto', false, NULL, NULL, '{auto,view,swap}', 'view',
-     'how applications are switched: auto takes the views of add_view where there are any, and is the plain switch otherwise'),
+     'how applications are switched: auto takes the views of add_view where there are any, and is the plain switch otherwise; swap gives the target the source''s name'),
     ('max_failures', 'integer', 'keys', '1000', false, 0, 10000000, NULL, '1000', 'the backfill stops as failed when more keys than this could not be copied'),
     ('equality', 'enum', '', 'image', false, NULL, NULL, '{image,semantic}', 'semantic',
      'when validation calls two values equal: the same text form (image), or the type''s own = (semantic)'),
@@ -308,10 +308,8 @@ BEGIN
     ELSE
         after := migrate._option_canonical(m, d, value);
     END IF;
-    IF d.name = 'cutover' AND after = 'swap' THEN
-        PERFORM migrate._raise('0A000', 'cutover by swapping the names of two tables is not supported',
-            format('Option "cutover" of migration "%s" is %s.', m.name, migrate._opt(m.id, 'cutover')),
-            format('SELECT migrate.add_view(%L, view => ''…''); lets applications use a view, which cutover switches.', m.name));
+    IF d.name = 'cutover' AND 'swap' IN (coalesce(before, d.standard), after) AND after <> coalesce(before, d.standard) THEN
+        PERFORM migrate._require_swap_change(m, after);
     ELSIF d.name = 'on_target_delete' AND m.both_directions AND after IS DISTINCT FROM before THEN
         PERFORM migrate._raise('55000', format('option "%s" cannot change after cutover', d.name),
             format('Migration "%s" is in phase %s and deletes have been carried back by the rule %s.', m.name, m.phase, coalesce(before, 'of its flows')));

@@ -42,6 +42,7 @@ INSERT INTO migrate._check_definition (name, promise) VALUES
     ('referencing_keys', 'no foreign key references a source'),
     ('dependents', 'no view and no function depends on a source'),
     ('sequences', 'no sequence belongs to a source'),
+    ('swap', 'no table is to take another''s name'),
     ('grants', 'who may use a source may use its target'),
     ('not_carried', 'every source column is carried'),
     ('carried_twice', 'no source column is carried into two targets'),
@@ -171,12 +172,13 @@ BEGIN
         UNION ALL SELECT * FROM migrate._check_triggers(m)
         UNION ALL SELECT * FROM migrate._check_left_behind(m)
         UNION ALL SELECT * FROM migrate._check_reverse(m)
+        UNION ALL SELECT * FROM migrate._check_swap(m, caller)
         UNION ALL SELECT * FROM migrate._check_server(m)
         UNION ALL SELECT * FROM migrate._check_transactions(m)
         UNION ALL SELECT * FROM migrate._check_size(m)) x;
     RETURN QUERY
     SELECT coalesce(r.severity, 'ok'), d.name, coalesce(r.message, d.promise), coalesce(r.hint, '')
-    FROM migrate._check_definition d LEFT JOIN unnest(found_rows) AS r ON r.name = d.name
+    FROM migrate._check_definition d LEFT JOIN unnest(found_rows) AS r ON r.name = d.name AND NOT migrate._swap_answers(m.id, r)
     ORDER BY array_position('{error,warning,info}', r.severity), d.ordinal, r.message;
 END $$;
 

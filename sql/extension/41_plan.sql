@@ -115,8 +115,12 @@ LANGUAGE sql STABLE AS $$
              THEN format('| shadowing | %s of the keys are read from both sides for %s (shadow_rate, shadow_time) | ACCESS SHARE, 200 ms at a time |', migrate._opt(m.id, 'shadow_rate'), migrate._opt(m.id, 'shadow_time'))
              ELSE '| shadowing | passed over: shadow_rate is 0 | none |' END,
         '| ready | dual writes go on for as long as you like; nothing has changed for applications | none beyond those of the writes themselves |',
-        format('| `cutover` → cut_over | waits until no transaction is older than the last batch, checks the gates again under locks, turns the dual writes round, replaces %s, advances sequences; one transaction | ACCESS EXCLUSIVE on views, then SHARE ROW EXCLUSIVE on the tables, for the milliseconds of the switch; at most %s ms of waiting an attempt, never queueing before readers for longer, tried again for up to %s |',
-               coalesce((SELECT string_agg(format('view %s', migrate._plan_code(v.view::text)), ', ' ORDER BY v.view) FROM migrate._view v WHERE v.migration = m.id), 'nothing by itself (the application switches, by migrate.serves)'),
+        format('| `cutover` → cut_over | waits until no transaction is older than the last batch, checks the gates again under locks, turns the dual writes round, %s, advances sequences; one transaction | %s, for the milliseconds of the switch; at most %s ms of waiting an attempt, never queueing before readers for longer, tried again for up to %s |',
+               concat_ws(', ', CASE WHEN migrate._opt(m.id, 'cutover') = 'swap' THEN 'gives each target its source''s name and all that hangs on it (below)' END,
+                   'replaces ' || coalesce((SELECT string_agg(format('view %s', migrate._plan_code(v.view::text)), ', ' ORDER BY v.view) FROM migrate._view v WHERE v.migration = m.id),
+                                           CASE WHEN migrate._opt(m.id, 'cutover') = 'swap' THEN NULL ELSE 'nothing by itself (the application switches, by migrate.serves)' END)),
+               CASE WHEN migrate._opt(m.id, 'cutover') = 'swap' THEN 'ACCESS EXCLUSIVE on views, tables, tables that reference them, and sequences'
+                    ELSE 'ACCESS EXCLUSIVE on views, then SHARE ROW EXCLUSIVE on the tables' END,
                migrate._opt_ms(m.id, 'lock_timeout'), migrate._plan_time(migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0)),
         '| `rollback` → ready | the same transaction the other way, at any time before finalize | as cutover |',
         format('| `finalize` | triggers are dropped; refused until %s after cutover (rollback_window) | ACCESS EXCLUSIVE on the tables, for a moment |', migrate._opt(m.id, 'rollback_window'))], E'\n')
@@ -208,6 +212,6 @@ BEGIN
         CASE WHEN options IS NULL THEN 'All options are at their defaults.' ELSE E'Options that differ from their defaults:\n\n' || options END,
         '## What is mapped',
         (SELECT string_agg(migrate._plan_flow(f), E'\n\n' ORDER BY f.id) FROM migrate._flow f WHERE f.migration = m.id),
-        migrate._plan_estimates(m), migrate._plan_phases(m, EXISTS (SELECT FROM migrate._check_deferred(m) c WHERE c.message ~ ' set aside ')), migrate._plan_failures(m), migrate._plan_preflight(m, caller),
+        migrate._plan_estimates(m), migrate._plan_phases(m, EXISTS (SELECT FROM migrate._check_deferred(m) c WHERE c.message ~ ' set aside ')), migrate._plan_swap(m, caller), migrate._plan_failures(m), migrate._plan_preflight(m, caller),
         migrate._plan_checklist(m), migrate._plan_commands(m)) || E'\n';
 END $$;

@@ -45,25 +45,25 @@ BEGIN
     END LOOP;
 END $$;
 
--- <source>_migrate, shortened to 63 bytes, with a number where that is taken.
-CREATE FUNCTION migrate._aside_name(source regclass) RETURNS text
+-- <relation>_migrate, shortened to 63 bytes, with a number where that is taken, by another relation or among `taken`.
+CREATE FUNCTION migrate._aside_name(relation regclass, suffix text DEFAULT '_migrate', taken text[] DEFAULT '{}') RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    namespace oid := (SELECT relnamespace FROM pg_class WHERE oid = source);
-    stem text := (SELECT relname FROM pg_class WHERE oid = source);
+    namespace oid := (SELECT relnamespace FROM pg_class WHERE oid = relation);
+    stem text := (SELECT relname FROM pg_class WHERE oid = relation);
     candidate text;
 BEGIN
-    WHILE octet_length(stem) > 63 - octet_length('_migrate99') LOOP
+    WHILE octet_length(stem) > 63 - octet_length(suffix || '99') LOOP
         stem := left(stem, -1);
     END LOOP;
     FOR i IN 1 .. 99 LOOP
-        candidate := stem || '_migrate' || CASE i WHEN 1 THEN '' ELSE i::text END;
-        IF NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = namespace AND c.relname = candidate)
+        candidate := stem || suffix || CASE i WHEN 1 THEN '' ELSE i::text END;
+        IF candidate <> ALL (taken) AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = namespace AND c.relname = candidate)
            AND NOT EXISTS (SELECT FROM pg_type t WHERE t.typnamespace = namespace AND t.typname = candidate) THEN
             RETURN candidate;
         END IF;
     END LOOP;
-    PERFORM migrate._raise('42P07', format('no free name for table %s to step aside under', source), format('%I to %I are taken.', stem || '_migrate', candidate));
+    PERFORM migrate._raise('42P07', format('no free name for %s to step aside under', relation), format('%I to %I are taken.', stem || suffix, candidate));
 END $$;
 
 CREATE FUNCTION migrate._require_create(role regrole, schema text) RETURNS void
@@ -260,6 +260,10 @@ BEGIN
     IF existing IS DISTINCT FROM f.source THEN
         PERFORM migrate._raise('42809', format('%I.%I is not the source of migration "%s"', schema, relation, m.name), '',
             format('SELECT migrate.add_view(%L, %L, shape => ''source''); lets a view take the name of table %s.', m.name, f.source, f.source));
+    END IF;
+    IF migrate._opt(m.id, 'cutover') = 'swap' THEN
+        PERFORM migrate._raise('55000', format('table %s cannot step aside for a view', f.source), format('Option "cutover" of migration "%s" is swap: cutover gives its name to table %s.', m.name, f.target),
+            format('SELECT migrate.set(%L, ''cutover'', ''default''); takes that back.', m.name));
     END IF;
     SELECT string_agg(c.name, ', ') INTO missing FROM migrate._columns_of(f.source) c
     WHERE NOT EXISTS (SELECT FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'reverse' AND c.attnum = ANY (p.columns));

@@ -2,7 +2,7 @@
 
 CREATE FUNCTION migrate._gate_names() RETURNS text[]
 LANGUAGE sql IMMUTABLE AS $$
-    SELECT '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,sequences,snapshots}'::text[]
+    SELECT '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,swap,sequences,snapshots}'::text[]
 $$;
 COMMENT ON FUNCTION migrate._gate_names IS 'what a switch checks; snapshots is the wait for old snapshots';
 
@@ -10,7 +10,7 @@ COMMENT ON FUNCTION migrate._gate_names IS 'what a switch checks; snapshots is t
 CREATE FUNCTION migrate._gates_of(side text) RETURNS text[]
 LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE side WHEN 'target' THEN migrate._gate_names()
-                     ELSE '{dual_writes,failures,requeue,validation,reverse,views,sequences,snapshots}' END
+                     ELSE '{dual_writes,failures,requeue,validation,reverse,views,swap,sequences,snapshots}' END
 $$;
 
 -- Each gate with its problem (NULL: it passes) and what to do about it. under_locks: only those that a write can change meanwhile.
@@ -45,7 +45,7 @@ BEGIN
             hint := format('SELECT * FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name);
         WHEN 'deferred' THEN
             SELECT 'not built or validated yet: ' || string_agg(migrate._deferred_name(d), ', ' ORDER BY d.flow, d.ordinal) INTO problem
-            FROM migrate._still_deferred(m.id) d;
+            FROM migrate._still_deferred(m.id) d WHERE d.relation IS NULL;
             hint := format('SELECT * FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name);
         WHEN 'validation' THEN
             problem := migrate._validation_gate(m.id);
@@ -61,6 +61,8 @@ BEGIN
             hint := format('SELECT * FROM migrate.preflight(%L) WHERE severity = ''error'';', m.name);
         WHEN 'views' THEN
             SELECT r.problem, r.hint INTO problem, hint FROM migrate._views_gate(m, side) r;
+        WHEN 'swap' THEN
+            SELECT r.problem, r.hint INTO problem, hint FROM migrate._swap_gate(m, caller, side) r;
         WHEN 'sequences' THEN
             SELECT format('sequence %s ends before %s', s.sequence, s.beyond), format('ALTER SEQUENCE %s NO MAXVALUE;', s.sequence) INTO problem, hint
             FROM migrate._sequence_targets(m.id) s WHERE s.beyond IS NOT NULL LIMIT 1;

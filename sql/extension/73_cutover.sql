@@ -4,18 +4,19 @@
 -- Everything to lock, in the one order that does not deadlock with an application, which locks the view first, then its table, then the
 -- table's sequence: of several migrations all views, then all tables, then all sequences.
 CREATE FUNCTION migrate._switch_locks(m_ids integer[], OUT relations regclass[], OUT modes text[])
-LANGUAGE sql STABLE AS $$
+LANGUAGE sql VOLATILE AS $$
     WITH wanted AS (
         SELECT 1 AS rank, v.view AS relation, 'ACCESS EXCLUSIVE' AS mode FROM migrate._view v JOIN pg_class c ON c.oid = v.view WHERE v.migration = ANY (m_ids)
         UNION SELECT 2, r, 'SHARE ROW EXCLUSIVE' FROM migrate._flow f, LATERAL (SELECT migrate._partition_tree(f.source) UNION
               SELECT migrate._partition_tree(f.target)) AS t(r) WHERE f.migration = ANY (m_ids)
         UNION SELECT 3, s.sequence, 'SHARE ROW EXCLUSIVE' FROM unnest(m_ids) m(id), LATERAL migrate._sequences(m.id) s
-    )
-    SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM wanted w
+        UNION SELECT * FROM migrate._swap_locks(m_ids)
+    ), strongest AS (SELECT w.rank, w.relation, min(w.mode) AS mode FROM wanted w GROUP BY 1, 2)  -- (the names are in that order)
+    SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM strongest w
 $$;
 
 -- The switch itself, under the locks. Returns what it did, one line each.
-CREATE FUNCTION migrate._switch_sides(m_id integer, caller regrole, side text, skipped text[], floors jsonb, move_sequences boolean) RETURNS text
+CREATE FUNCTION migrate._switch_sides(m_id integer, caller regrole, side text, skipped text[], floors jsonb, swap jsonb, move_sequences boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
@@ -36,6 +37,8 @@ BEGIN
                        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND p.direction = 'reverse');
         -- @point switch: reverse triggers created
     END IF;
+    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped, swap) ELSE migrate._swap_back(m) END;
+    -- @point switch: names swapped
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
         PERFORM migrate._replace_view(v, side);
         -- @point switch: one view replaced
@@ -58,10 +61,10 @@ END $$;
 
 -- The migrations of a switch as a JSON array, what is found out about each put in as it goes on.
 CREATE FUNCTION migrate._switch_parts(parts jsonb)
-RETURNS TABLE (place integer, id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+RETURNS TABLE (place integer, id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, swap jsonb, locks text, did text)
 LANGUAGE sql IMMUTABLE AS $$
     SELECT (u.i - 1)::integer, p.* FROM jsonb_array_elements(parts) WITH ORDINALITY AS u(part, i),
-           jsonb_to_record(u.part) AS p(id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, locks text, did text)
+           jsonb_to_record(u.part) AS p(id integer, name text, phase text, due boolean, rehearsal boolean, skipped text[], floors jsonb, swap jsonb, locks text, did text)
     ORDER BY u.i
 $$;
 
@@ -73,8 +76,8 @@ DECLARE
 BEGIN
     FOR p IN SELECT * FROM migrate._switch_parts(parts) x WHERE x.due LOOP
         parts := jsonb_set(parts, ARRAY[p.place::text, 'did'], to_jsonb(concat_ws(E'\n',
-            CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, move_sequences) END,
-            migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, move_sequences))));
+            CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, p.swap, move_sequences) END,
+            migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, p.swap, move_sequences))));
         -- @point switch: one migration switched
     END LOOP;
     RETURN parts::text;
@@ -164,6 +167,9 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     -- @point switch: gates checked
+    PERFORM migrate._interrupt_restore(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id)
+        WHERE p.due AND EXISTS (SELECT FROM migrate._still_deferred(m.id) d WHERE d.relation IS NOT NULL);
+    PERFORM migrate._swap_analyze(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND side = 'target' AND NOT dry_run;
     IF EXISTS (SELECT FROM migrate._switch_parts(parts) p WHERE p.due AND 'snapshots' <> ALL (p.skipped)) THEN
         PERFORM migrate._wait_for_snapshots(first, caller, goal, deadline, dry_run, format('migrate.%s(%s, skip => ''{snapshots}'')', verb,
             CASE cardinality(names) WHEN 1 THEN quote_literal(names[1]) ELSE format('%L::text[]', names) END));
@@ -178,6 +184,8 @@ BEGIN
             replace(p.did, E'\n', '; '))) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due;
     END IF;
     -- @point switch: event written
+    -- (Foreign keys that were swapped are to be validated. Without a free slot that waits.)
+    PERFORM migrate._launch_worker(m.id, 0) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due AND NOT dry_run AND migrate._is_restoring(m.id);
     RETURN migrate._switch_answer(names, parts, dry_run, side,
         format('locks: all got at attempt %s within %s ms, held for %s ms', done.attempts, done.lock_ms, done.held_ms));
 END $$;
@@ -221,6 +229,9 @@ BEGIN
         PERFORM migrate._require_gates(p.migration, caller, CASE WHEN p.rehearsal THEN 'target' ELSE side END, false, p.skipped);
         parts := jsonb_set(parts, ARRAY[p.place::text, 'floors'],
             (SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') FROM migrate._sequence_targets(p.id) t));
+        IF side = 'target' OR p.rehearsal THEN
+            parts := jsonb_set(parts, ARRAY[p.place::text, 'swap'], coalesce(migrate._swap_planned(p.migration, caller), 'null'));
+        END IF;
         parts := jsonb_set(parts, ARRAY[p.place::text, 'locks'], (SELECT to_jsonb(string_agg(format('locked: %s, %s', u.relation, u.mode), E'\n' ORDER BY u.i))
             FROM migrate._switch_locks(ARRAY[p.id]) l, unnest(l.relations, l.modes) WITH ORDINALITY AS u(relation, mode, i)));
     END LOOP;

@@ -120,11 +120,11 @@ CREATE FUNCTION migrate._describe_deferred(f migrate._flow, ordinal integer, kin
 LANGUAGE sql STABLE AS $$
     SELECT ROW(f.id, ordinal, kind, c.relname, NULL, '', migrate._index_tail(c.oid), (SELECT t.spcname FROM pg_tablespace t WHERE t.oid = c.reltablespace),
                (SELECT array_agg(nullif(a.attstattarget, -1) ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0),
-               obj_description(c.oid, 'pg_class'), 'aside', NULL)::migrate._deferred
+               obj_description(c.oid, 'pg_class'), NULL, 'aside', NULL)::migrate._deferred
     FROM pg_class c WHERE kind = 'index' AND c.oid = object
     UNION ALL
     SELECT ROW(f.id, ordinal, kind, k.conname, k.confrelid, h.head, substr(pg_get_constraintdef(k.oid), length(h.prefix)), NULL, NULL,
-               obj_description(k.oid, 'pg_constraint'), 'aside', NULL)::migrate._deferred
+               obj_description(k.oid, 'pg_constraint'), NULL, 'aside', NULL)::migrate._deferred
     FROM pg_constraint k, LATERAL migrate._foreign_key_head(k) h WHERE kind = 'foreign_key' AND k.oid = object
 $$;
 
@@ -149,6 +149,7 @@ LANGUAGE sql STABLE AS $$
     CROSS JOIN LATERAL migrate._secondary(x.f) s
     WHERE m.phase = 'planned'
     UNION ALL
-    SELECT 'deferred', 'info', format('%s of target %s is set aside until the copy is done', migrate._deferred_name(d), f.target), ''
+    SELECT 'deferred', 'info', CASE WHEN d.relation IS NULL THEN format('%s of target %s is set aside until the copy is done', migrate._deferred_name(d), f.target)
+                                    ELSE format('%s of %s, added NOT VALID by the switch, is to be validated', migrate._deferred_name(d), d.relation) END, ''
     FROM migrate._still_deferred(m.id) d JOIN migrate._flow f ON f.id = d.flow
 $$;

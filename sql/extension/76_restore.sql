@@ -60,7 +60,7 @@ $$;
 
 CREATE FUNCTION migrate._add_key_text(d migrate._deferred, how text) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT format('ALTER TABLE %s ADD CONSTRAINT %I %s REFERENCES %s%s', migrate._relation_name(f.target), d.name, d.head, migrate._relation_name(d.referenced),
+    SELECT format('ALTER TABLE %s ADD CONSTRAINT %I %s REFERENCES %s%s', migrate._relation_name(coalesce(d.relation, f.target)), d.name, d.head, migrate._relation_name(d.referenced),
                   regexp_replace(d.tail, ' NOT VALID$', '') || CASE WHEN d.tail ~ ' NOT VALID$' THEN ' NOT VALID' ELSE how END)
     FROM migrate._flow f WHERE f.id = d.flow
 $$;
@@ -72,7 +72,7 @@ DECLARE
     d migrate._deferred := (SELECT x FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal);
     present record;
 BEGIN
-    SELECT f.target::oid, c.relowner, d.tablespace INTO relation, role, tablespace FROM migrate._flow f JOIN pg_class c ON c.oid = f.target WHERE f.id = d.flow;
+    SELECT c.oid, c.relowner, d.tablespace INTO relation, role, tablespace FROM migrate._flow f JOIN pg_class c ON c.oid = coalesce(d.relation, f.target) WHERE f.id = d.flow;
     IF NOT FOUND OR d.state NOT IN ('building', 'validating') THEN
         RETURN;
     ELSIF d.kind = 'foreign_key' THEN
@@ -105,7 +105,7 @@ END $$;
 CREATE FUNCTION migrate._note_restored(m migrate._migration, caller regrole, d migrate._deferred) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    relation regclass := (SELECT f.target FROM migrate._flow f WHERE f.id = d.flow);
+    relation regclass := (SELECT coalesce(d.relation, f.target) FROM migrate._flow f WHERE f.id = d.flow);
     owner regrole;
     present record;
     gone boolean := NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = relation);
@@ -136,7 +136,7 @@ CREATE FUNCTION migrate._run_add_key(m migrate._migration, j migrate._job) RETUR
 LANGUAGE plpgsql AS $$
 DECLARE
     d migrate._deferred := (SELECT x FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal);
-    relation regclass := (SELECT f.target FROM migrate._flow f WHERE f.id = d.flow);
+    relation regclass := (SELECT coalesce(d.relation, f.target) FROM migrate._flow f WHERE f.id = d.flow);
     tables regclass[];
     present pg_constraint;
     began timestamptz := clock_timestamp();
@@ -176,8 +176,8 @@ END $$;
 
 CREATE FUNCTION migrate._comment_key(d migrate._deferred) RETURNS void
 LANGUAGE sql AS $$
-    SELECT migrate._as(migrate._table_owner(f.target), format('COMMENT ON CONSTRAINT %I ON %s IS %L', d.name, migrate._relation_name(f.target), d.comment))
-    FROM migrate._flow f WHERE f.id = d.flow AND d.comment IS NOT NULL
+    SELECT migrate._as(migrate._table_owner(r), format('COMMENT ON CONSTRAINT %I ON %s IS %L', d.name, migrate._relation_name(r), d.comment))
+    FROM migrate._flow f, coalesce(d.relation, f.target) r WHERE f.id = d.flow AND d.comment IS NOT NULL
 $$;
 
 -- The query that finds the rows which a foreign key refuses.
@@ -186,7 +186,7 @@ LANGUAGE sql STABLE AS $$
     SELECT format('SELECT t.* FROM %s t WHERE (%s) AND NOT EXISTS (SELECT FROM %s r WHERE %s)', k.conrelid::regclass,
         string_agg(format('t.%I IS NOT NULL', a.attname), CASE k.confmatchtype WHEN 'f' THEN ' OR ' ELSE ' AND ' END ORDER BY u.i), k.confrelid::regclass,
         string_agg(format('r.%I = t.%I', b.attname, a.attname), ' AND ' ORDER BY u.i))
-    FROM migrate._flow f JOIN pg_constraint k ON k.conrelid = f.target AND k.conname = d.name
+    FROM migrate._flow f JOIN pg_constraint k ON k.conrelid = coalesce(d.relation, f.target) AND k.conname = d.name
     CROSS JOIN LATERAL unnest(k.conkey, k.confkey) WITH ORDINALITY AS u(own, other, i)
     JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.own JOIN pg_attribute b ON b.attrelid = k.confrelid AND b.attnum = u.other
     WHERE f.id = d.flow GROUP BY k.conrelid, k.confrelid, k.confmatchtype
@@ -205,7 +205,7 @@ END $$;
 CREATE FUNCTION migrate._restore_text(d migrate._deferred) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT CASE WHEN d.kind = 'index' THEN migrate._create_index_text(d, 'CONCURRENTLY ')
-                WHEN d.state IN ('added', 'validating') THEN format('ALTER TABLE %s VALIDATE CONSTRAINT %I', migrate._relation_name(f.target), d.name)
+                WHEN d.state IN ('added', 'validating') THEN format('ALTER TABLE %s VALIDATE CONSTRAINT %I', migrate._relation_name(coalesce(d.relation, f.target)), d.name)
                 ELSE migrate._add_key_text(d, '') END
     FROM migrate._flow f WHERE f.id = d.flow
 $$;

@@ -29,7 +29,7 @@ CREATE FUNCTION migrate._targets_to_leave(m migrate._migration) RETURNS regclass
 LANGUAGE sql VOLATILE AS $$
     SELECT coalesce(array_agg(DISTINCT f.target ORDER BY f.target), '{}') FROM migrate._flow f JOIN pg_class c ON c.oid = f.target
     WHERE f.migration = m.id AND (EXISTS (SELECT FROM migrate._blocking_keys(m, f.target)) AND migrate._only_copies(m, f.target)
-          OR EXISTS (SELECT FROM migrate._still_deferred(m.id) d JOIN migrate._flow o ON o.id = d.flow WHERE o.target = f.target))
+          OR EXISTS (SELECT FROM migrate._still_deferred(m.id) d JOIN migrate._flow o ON o.id = d.flow WHERE o.target = f.target AND d.relation IS NULL))
 $$;
 
 -- Drops the triggers and puts the targets in order; returns those that are empty again. Where a target is in somebody's use, or in
@@ -76,7 +76,7 @@ BEGIN
     IF NOT migrate._is_empty(target) THEN
         RETURN;
     END IF;
-    FOR d IN SELECT x.* FROM migrate._still_deferred(m.id) x JOIN migrate._flow f ON f.id = x.flow WHERE f.target = _leave_target.target ORDER BY x.kind DESC, x.ordinal LOOP
+    FOR d IN SELECT x.* FROM migrate._still_deferred(m.id) x JOIN migrate._flow f ON f.id = x.flow WHERE f.target = _leave_target.target AND x.relation IS NULL ORDER BY x.kind DESC, x.ordinal LOOP
         BEGIN
             PERFORM set_config('default_tablespace', coalesce(d.tablespace, ''), true);
             PERFORM migrate._restore_at_once(m, d);
@@ -175,8 +175,9 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF migrate._is_restoring(m.id) THEN
         PERFORM migrate._launch_worker(m.id, 0) WHERE migrate._has_work(m);
-        PERFORM migrate._raise('55000', format('migration "%s" cannot be %s yet: what start set aside is still being built', m.name, verb),
-            (SELECT string_agg(migrate._deferred_name(d) || ' of ' || f.target, ', ' ORDER BY d.flow, d.ordinal) FROM migrate._still_deferred(m.id) d JOIN migrate._flow f ON f.id = d.flow),
+        PERFORM migrate._raise('55000', format('migration "%s" cannot be %s yet: %s', m.name, verb, CASE
+                WHEN EXISTS (SELECT FROM migrate._still_deferred(m.id) d WHERE d.relation IS NULL) THEN 'what start set aside is still being built' ELSE 'its foreign keys are still being validated' END),
+            (SELECT string_agg(migrate._deferred_name(d) || ' of ' || coalesce(d.relation, f.target), ', ' ORDER BY d.flow, d.ordinal) FROM migrate._still_deferred(m.id) d JOIN migrate._flow f ON f.id = d.flow),
             format('SELECT state, throttled_by, last_error FROM migrate.progress WHERE migration = %L; shows whether a worker is at it.', m.name));
     END IF;
 END $$;

@@ -151,7 +151,7 @@ DECLARE
     relation regclass;
 BEGIN
     FOR relation IN SELECT c.oid FROM pg_catalog.pg_class c
-             WHERE c.relnamespace = 'migrate'::regnamespace AND c.relname IN ('_migration', '_option', '_flow', '_mapping', '_view', '_range', '_requeue', '_deferred', '_event')
+             WHERE c.relnamespace = 'migrate'::regnamespace AND c.relname IN ('_migration', '_option', '_flow', '_mapping', '_view', '_range', '_requeue', '_deferred', '_swapped', '_event')
                 OR c.oid IN (SELECT pg_catalog.pg_get_serial_sequence('migrate.' || t, 'id')::regclass FROM unnest(ARRAY['_migration', '_flow', '_event']) t) LOOP
         PERFORM pg_catalog.pg_extension_config_dump(relation, '');
     END LOOP;

@@ -29,8 +29,8 @@ CREATE ROLE app LOGIN;
 -- the target's index and its foreign key to itself, which are set aside for the copy, are there as they were.
 CREATE FUNCTION state_of_m() RETURNS text LANGUAGE sql AS $$
     SELECT concat_ws(' ', coalesce((SELECT phase FROM migrate._migration WHERE name = 'm'), 'none'),
-        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_forward' AND tgenabled = 'A'),
-        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_reverse' AND tgenabled = 'A'),
+        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_forward' AND tgenabled = 'A' AND tgrelid = to_regclass('users')),
+        (SELECT count(*) FROM pg_trigger WHERE tgname ~ '^!migrate_\d+_reverse' AND tgenabled = 'A' AND tgrelid = to_regclass('user_profiles')),
         (SELECT CASE WHEN bool_or(d.refobjid = to_regclass('user_profiles')) THEN 'target' ELSE 'source' END
          FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid WHERE r.ev_class = to_regclass('profile')),
         (SELECT CASE count(*) WHEN 2 THEN 'all' ELSE 'aside' END FROM
