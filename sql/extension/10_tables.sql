@@ -208,6 +208,7 @@ CREATE TABLE migrate._watch (
     caller    regrole NOT NULL,
     looked_at timestamptz,
     last_failure bigint NOT NULL,
+    mended    bigint NOT NULL DEFAULT 0,
     transactions bigint,
     aborts    bigint,
     mean_before double precision,
@@ -224,7 +225,7 @@ CREATE TABLE migrate._watch (
 );
 COMMENT ON TABLE migrate._watch IS 'one row while a migration is watched after its cutover, see 56_watch.sql';
 COMMENT ON COLUMN migrate._watch.caller IS 'who cut over, and as whom it is rolled back';
-COMMENT ON COLUMN migrate._watch.last_failure IS 'failures with a greater id came after the switch';
+COMMENT ON COLUMN migrate._watch.last_failure IS 'failures with a greater id came after the switch; mended: how many keys of them are applied by now';
 COMMENT ON COLUMN migrate._watch.transactions IS 'counters of the database at the first look, or since they were reset last; so are aborts, calls and ms';
 COMMENT ON COLUMN migrate._watch.mean_before IS 'mean time of a statement on the tables and views before the switch, in ms';
 COMMENT ON COLUMN migrate._watch.passed IS 'the limits that were passed, each told once; why: the first, which a rollback is for';

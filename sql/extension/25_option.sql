@@ -49,7 +49,7 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
      '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,sequences,snapshots}', 'failures,validation',
      'the gates that cutover insists on'),
     ('watch_time', 'interval', 'minutes', '0 seconds', false, 0, 2678400000, NULL, '30 minutes', 'how long after cutover the limits of the watch are looked at; 0: not at all'),
-    ('watch_failures', 'integer', 'keys', '0', true, 0, 1000000000, NULL, '0', 'a limit of the watch: keys whose dual write has failed since the switch and is not applied'),
+    ('watch_failures', 'integer', 'keys', '0', true, 0, 1000000000, NULL, '0', 'a limit of the watch: keys whose dual write has failed since the switch, also those that are mended by now'),
     ('watch_abort_rate', 'ratio', '', 'none', true, 0, 1, NULL, '0.05',
      'a limit of the watch: share of all transactions of the database that were aborted since the switch, whatever they did'),
     ('watch_latency', 'ratio', '', 'none', true, 1, 1000, NULL, '2',

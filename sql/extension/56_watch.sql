@@ -119,8 +119,9 @@ END $$;
 -- Each limit with its value, as far as there is one. A share of fewer than 100 transactions says nothing.
 CREATE FUNCTION migrate._watch_limits(m migrate._migration, w migrate._watch) RETURNS TABLE (name text, value numeric, shown text)
 LANGUAGE sql VOLATILE AS $$
-    SELECT 'watch_failures', count(DISTINCT (x.flow, x.direction, x.key))::numeric, format('%s keys', count(DISTINCT (x.flow, x.direction, x.key)))
-    FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.id > w.last_failure
+    SELECT 'watch_failures', c.n, format('%s keys', c.n)
+    FROM (SELECT w.mended + count(DISTINCT (x.flow, x.direction, x.key))::numeric AS n
+          FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.id > w.last_failure) c
     UNION ALL
     SELECT 'watch_abort_rate', r.rate, format('%s of %s transactions of the database', r.rate, t.transactions - w.transactions)
     FROM migrate._transactions() t, LATERAL (SELECT trim_scale(round((t.aborts - w.aborts)::numeric / (t.transactions - w.transactions), 4)) AS rate) r
