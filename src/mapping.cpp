@@ -1,18 +1,20 @@
-// From the text of a mapping to its view. The text is parsed, never pasted: what is kept is the view that PostgreSQL
-// makes of the parse tree.
+// From the text of a mapping to its view, and from that of a predicate to its expression. The text is parsed, never
+// pasted: what is kept is what PostgreSQL makes of the parse tree.
 #include "mapping_report.hpp"
 #include "spi.hpp"
 #include "text.hpp"
 
 MIGRATE_FUNCTION(migrate_create_mapping_view)
+MIGRATE_FUNCTION(migrate_parse_predicate)
 
 namespace migrate {
 namespace {
 
 struct Request {
+    const char *what;  // as messages call it
     const char *view_name;
     Oid origin;
-    Oid dest;
+    Oid dest;  // invalid for a predicate, which is over origin alone
     const char *mapping;
     const char *filter;  // NULL: all rows
     Oid caller;
@@ -30,7 +32,10 @@ void explain_where(void *arg) {
             internalerrquery(request->parsing);
         }
     }
-    errcontext("mapping from \"%s\" to \"%s\"", get_rel_name(request->origin), get_rel_name(request->dest));
+    if (OidIsValid(request->dest))
+        errcontext("mapping from \"%s\" to \"%s\"", get_rel_name(request->origin), get_rel_name(request->dest));
+    else
+        errcontext("predicate over \"%s\"", get_rel_name(request->origin));
 }
 
 [[noreturn]] void refuse_shape(const char *what, const char *text) {
@@ -56,14 +61,14 @@ List *parse_select_list(Request *request, const char *text, const char *complain
     return select->targetList;
 }
 
-Node *parse_filter(Request *request, const char *text) {
-    List *list = parse_select_list(request, text, "filter is not a single condition");
+Node *parse_condition(Request *request, const char *text, const char *complaint) {
+    List *list = parse_select_list(request, text, complaint);
     ResTarget *target = (ResTarget *)linitial(list);
-    if (list_length(list) != 1 || target->name != NULL) refuse_shape("filter is not a single condition", text);
+    if (list_length(list) != 1 || target->name != NULL) refuse_shape(complaint, text);
     return target->val;
 }
 
-void require_plain_query(const Query *query) {
+void require_plain_query(const Query *query, const char *of) {
     const char *what = query->hasSubLinks      ? "a subquery"
                        : query->hasAggs        ? "an aggregate"
                        : query->hasWindowFuncs ? "a window function"
@@ -71,7 +76,7 @@ void require_plain_query(const Query *query) {
                                                : NULL;
     if (what == NULL) return;
     ereport(ERROR,
-            (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("mapping contains %s", what),
+            (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("%s contains %s", of, what),
              errhint("A target row is computed from one source row. Join or aggregate in a view of the application, or "
                      "keep the value in a column.")));
 }
@@ -105,11 +110,11 @@ Query *analyze_as_caller(const Request &request, SelectStmt *select, const char 
         (void)set_config_option("search_path", path, PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
         return analyze_sql(statement, sql);
     });
-    require_plain_query(query);
+    require_plain_query(query, request.what);
     Oid type = InvalidOid;
     if (find_unsafe_literal((Node *)query->targetList, &type) || find_unsafe_literal(query->jointree->quals, &type))
         ereport(ERROR, (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-                        errmsg("mapping contains a literal of type %s", format_type_be(type)),
+                        errmsg("%s contains a literal of type %s", request.what, format_type_be(type)),
                         errdetail("Reading it may run the check of a domain, at a time when it must not."),
                         errhint("Build the value from literals of the types of PostgreSQL, as in ROW('a', 1)::%s.",
                                 format_type_be(type))));
@@ -153,7 +158,8 @@ Oid create_view(Request *request) {
     select->targetList = parse_select_list(request, request->mapping, "mapping is not a select list");
     select->fromClause = list_make1(
         makeRangeVar(get_namespace_name(get_rel_namespace(request->origin)), get_rel_name(request->origin), -1));
-    if (request->filter) select->whereClause = parse_filter(request, request->filter);
+    if (request->filter)
+        select->whereClause = parse_condition(request, request->filter, "filter is not a single condition");
     const char *sql = psprintf("SELECT %s", request->mapping);
     request->parsing = request->filter ? NULL : sql;
     Query *query = analyze_as_caller(*request, select, sql);
@@ -174,6 +180,43 @@ Oid create_view(Request *request) {
     return made.objectId;
 }
 
+// The condition of SELECT FROM <view> WHERE <predicate>. Whoever reads the view evaluates it, so it runs nobody's code.
+Node *analyze_predicate(Request *request, const char *text) {
+    SelectStmt *select = makeNode(SelectStmt);
+    select->whereClause = parse_condition(request, text, "predicate is not a single condition");
+    select->fromClause = list_make1(
+        makeRangeVar(get_namespace_name(get_rel_namespace(request->origin)), get_rel_name(request->origin), -1));
+    Query *query = analyze_as_caller(*request, select, request->parsing);
+    if (((RangeTblEntry *)linitial(query->rtable))->relid != request->origin)
+        ereport(ERROR, (errcode(ERRCODE_OBJECT_IN_USE),
+                        errmsg("relation \"%s\" was renamed meanwhile", get_rel_name(request->origin))));
+    Node *condition = query->jointree->quals;
+    if (runs_user_code(condition, NULL))
+        ereport(ERROR,
+                (errcode(ERRCODE_FEATURE_NOT_SUPPORTED), errmsg("predicate calls a function that is not PostgreSQL's"),
+                 errdetail("It is: %s", text),
+                 errhint("It is evaluated by all who read the view. Write it with functions, operators and types of "
+                         "PostgreSQL itself.")));
+    require_immutable(condition, request->origin, "predicate");
+    return condition;
+}
+
+// Attribute numbers of origin that the condition reads, as int2[].
+Datum columns_read(Node *condition, const char *text) {
+    Bitmapset *used = NULL;
+    pull_varattnos(condition, 1, &used);
+    Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
+    int n = 0;
+    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x)) {
+        const AttrNumber attnum = x + FirstLowInvalidHeapAttributeNumber;
+        if (attnum > 0) values[n++] = Int16GetDatum(attnum);
+    }
+    if (n == 0 || n < bms_num_members(used))
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("predicate must read columns by their names"),
+                        errdetail("It is: %s", text), errhint("To route all reads: percent => 100.")));
+    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+}
+
 }  // namespace
 }  // namespace migrate
 
@@ -185,7 +228,8 @@ using namespace migrate;
 //     int2[])
 // Names are resolved by `search_path`; the view belongs to the current user.
 Datum migrate_create_mapping_view(PG_FUNCTION_ARGS) {
-    Request request = {text_to_cstring(PG_GETARG_TEXT_PP(0)),
+    Request request = {"mapping",
+                       text_to_cstring(PG_GETARG_TEXT_PP(0)),
                        PG_GETARG_OID(1),
                        PG_GETARG_OID(2),
                        text_to_cstring(PG_GETARG_TEXT_PP(3)),
@@ -205,4 +249,28 @@ Datum migrate_create_mapping_view(PG_FUNCTION_ARGS) {
     HeapTuple tuple = describe_mapping(view, request.origin, request.dest, BlessTupleDesc(desc));
     error_context_stack = context.previous;
     PG_RETURN_DATUM(HeapTupleGetDatum(tuple));
+}
+
+// migrate._parse_predicate(view regclass, predicate text, search_path text, caller regrole, OUT expression text,
+//     OUT columns int2[])
+Datum migrate_parse_predicate(PG_FUNCTION_ARGS) {
+    const Oid view = PG_GETARG_OID(0);
+    const char *predicate = text_to_cstring(PG_GETARG_TEXT_PP(1));
+    Request request = {"predicate", NULL, view, InvalidOid, NULL, NULL, PG_GETARG_OID(3), NULL};
+    TupleDesc desc;
+    if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");
+
+    ErrorContextCallback context = {error_context_stack, explain_where, &request};
+    error_context_stack = &context;
+    const int level = NewGUCNestLevel();
+    (void)set_config_option("search_path", text_to_cstring(PG_GETARG_TEXT_PP(2)), PGC_USERSET, PGC_S_SESSION,
+                            GUC_ACTION_SAVE, true, 0, false);
+    Node *condition = analyze_predicate(&request, predicate);
+    AtEOXact_GUC(false, level);
+    error_context_stack = context.previous;
+    List *names = deparse_context_for(get_rel_name(view), view);
+    Datum values[2] = {CStringGetTextDatum(deparse_expression(condition, names, false, false)),
+                       columns_read(condition, predicate)};
+    bool nulls[2] = {};
+    PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }

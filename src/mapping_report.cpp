@@ -4,6 +4,10 @@
 namespace migrate {
 namespace {
 
+bool is_users_function(Oid function, void *) {
+    return function >= FirstNormalObjectId;
+}
+
 bool forbidden_function(Oid function, void *dest_owner) {
     return !may_execute(function, *(Oid *)dest_owner);
 }
@@ -14,15 +18,30 @@ bool find_forbidden_function(Node *node, Oid *dest_owner) {
     return walk_expression(node, find_forbidden_function, dest_owner);
 }
 
+}  // namespace
+
+bool runs_user_code(Node *node, void *context) {
+    if (node == NULL) return false;
+    if (IsA(node, CoerceToDomain) || check_functions_in_node(node, is_users_function, context)) return true;
+    return walk_expression(node, runs_user_code, context);
+}
+
+void require_immutable(Node *expr, Oid origin, const char *what) {
+    if (!contain_mutable_functions(expr)) return;
+    List *context = deparse_context_for(get_rel_name(origin), origin);
+    ereport(ERROR, (errcode(ERRCODE_INVALID_OBJECT_DEFINITION), errmsg("%s is not immutable", what),
+                    errdetail("It is: %s", deparse_expression(expr, context, false, false)),
+                    errhint("Its value must depend on the row alone, not on the time, the session or a setting. "
+                            "For example, write "
+                            "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.")));
+}
+
+namespace {
+
 // Dual writes and the backfill evaluate the expression at different times, as dest's owner.
 void require_pure(Node *expr, Oid origin, Oid dest, const char *what) {
     List *context = deparse_context_for(get_rel_name(origin), origin);
-    if (contain_mutable_functions(expr))
-        ereport(ERROR, (errcode(ERRCODE_INVALID_OBJECT_DEFINITION), errmsg("%s is not immutable", what),
-                        errdetail("It is: %s", deparse_expression(expr, context, false, false)),
-                        errhint("Its value must depend on the row alone, not on the time, the session or a setting. "
-                                "For example, write "
-                                "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.")));
+    require_immutable(expr, origin, what);
     Oid owner = owner_of(dest);
     if (find_forbidden_function(expr, &owner))
         ereport(ERROR,
@@ -54,17 +73,6 @@ AttrNumber invertible_column(Node *expr, bool dest_not_null) {
         }
     }
     return 0;
-}
-
-bool is_users_function(Oid function, void *) {
-    return function >= FirstNormalObjectId;
-}
-
-// Whether evaluating the expression would run code that a user has written.
-bool runs_user_code(Node *node, void *context) {
-    if (node == NULL) return false;
-    if (IsA(node, CoerceToDomain) || check_functions_in_node(node, is_users_function, context)) return true;
-    return walk_expression(node, runs_user_code, context);
 }
 
 // The text of a constant in dest's type, or NULL where the expression is no constant. We are the extension's owner

@@ -9,4 +9,10 @@ namespace migrate {
 // dest's owner may not execute, or gives no value for its column of dest.
 HeapTuple describe_mapping(Oid view, Oid origin, Oid dest, TupleDesc desc);
 
+// Raises where its value depends on more than the row of `origin`. what: as messages call it.
+void require_immutable(Node *expr, Oid origin, const char *what);
+
+// Whether evaluating the expression would run code that a user has written. context: NULL.
+bool runs_user_code(Node *node, void *context);
+
 }  // namespace migrate

@@ -25,6 +25,7 @@ struct Job {
     char *text;  // migrate._job in text form, for _run and _job_failed
     char *activity;
     bool restore;       // statements that are run outside of the turn's transaction
+    bool switches;      // it makes another side serve
     bool own_snapshot;  // to be run in a REPEATABLE READ transaction of its own
     bool exit, wait;
     double wait_ms;
@@ -85,7 +86,7 @@ void pick_job(Worker *w) {
     if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
     run_kept(&plan,
              "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
-             " j.action IN ('index', 'validate_key')"
+             " j.action IN ('index', 'validate_key'), j.action = 'rollback'"
              " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
              6, types, values);
     disable_timeout(STATEMENT_TIMEOUT, false);
@@ -98,6 +99,7 @@ void pick_job(Worker *w) {
     w->job.text = text_field(6, w->turn_context);
     if (integer_field(7) > 0) w->batch = (int)integer_field(7);
     w->job.restore = text_field(8, w->turn_context)[0] == 't';
+    w->job.switches = text_field(9, w->turn_context)[0] == 't';
 }
 
 // At most once a second, so that the row that views read is not written by every batch.
@@ -207,6 +209,10 @@ bool take_turn(Worker *w) {
             DEBUG_POINT("worker: job picked");
             if (!w->job.exit && !w->job.wait && !w->job.own_snapshot && !w->job.restore) run_job(w);
         });
+        // As the verb's, its commit must be on disk before anybody sees it.
+        if (w->job.switches && synchronous_commit < SYNCHRONOUS_COMMIT_ON)
+            (void)set_config_option("synchronous_commit", "on", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0,
+                                    false);
     };
     ErrorData *error = attempt(Undo::kTransaction, whole);
     disable_timeout(STATEMENT_TIMEOUT, false);

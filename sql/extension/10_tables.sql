@@ -122,9 +122,17 @@ CREATE TABLE migrate._view (
     shape     text NOT NULL CHECK (shape IN ('target', 'source')),
     created   boolean NOT NULL,
     aside     text,
-    PRIMARY KEY (migration, view)
+    use       text NOT NULL DEFAULT 'both' CHECK (use IN ('both', 'read')),
+    percent   numeric,
+    predicate text,
+    routed_since timestamptz,
+    routed_by text,
+    PRIMARY KEY (migration, view),
+    CHECK (num_nonnulls(percent, predicate) = CASE use WHEN 'read' THEN 1 ELSE 0 END)
 );
 COMMENT ON TABLE migrate._view IS 'views that cutover switches (add_view)';
+COMMENT ON COLUMN migrate._view.use IS 'read: a view that cannot be written through, whose reads route() moves by and by';
+COMMENT ON COLUMN migrate._view.percent IS 'use read: so many in a hundred keys are read from the target; or predicate: those it is true for';
 COMMENT ON COLUMN migrate._view.aside IS 'shape source: the name under which the source table steps aside';
 
 -- Definitions are kept in pieces, between which the present names of the tables are put: tables may be renamed meanwhile (add_view
@@ -213,6 +221,34 @@ CREATE INDEX ON migrate._failure (retry_at);
 COMMENT ON TABLE migrate._failure IS 'keys whose dual write or copy could not be applied; key and SQLSTATE only, never the row';
 COMMENT ON COLUMN migrate._failure.object IS 'the constraint or column that refused it, where the error names one';
 COMMENT ON COLUMN migrate._failure.origin IS 'dual_write or backfill';
+
+CREATE TABLE migrate._watch (
+    migration integer PRIMARY KEY REFERENCES migrate._migration ON DELETE CASCADE,
+    since     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    caller    regrole NOT NULL,
+    looked_at timestamptz,
+    last_failure bigint NOT NULL,
+    mended    bigint NOT NULL DEFAULT 0,
+    transactions bigint,
+    aborts    bigint,
+    mean_before double precision,
+    calls     bigint,
+    ms        double precision,
+    latency   numeric,
+    latency_at timestamptz,
+    passed    text[] NOT NULL DEFAULT '{}',
+    why       text,
+    tries     integer NOT NULL DEFAULT 0,
+    retry_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    refused   text,
+    shows     text
+);
+COMMENT ON TABLE migrate._watch IS 'one row while a migration is watched after its cutover, see 56_watch.sql';
+COMMENT ON COLUMN migrate._watch.caller IS 'who cut over, and as whom it is rolled back';
+COMMENT ON COLUMN migrate._watch.last_failure IS 'failures with a greater id came after the switch; mended: how many keys of them are applied by now';
+COMMENT ON COLUMN migrate._watch.transactions IS 'counters of the database at the first look, or since they were reset last; so are aborts, calls and ms';
+COMMENT ON COLUMN migrate._watch.mean_before IS 'mean time of a statement on the tables and views before the switch, in ms';
+COMMENT ON COLUMN migrate._watch.passed IS 'the limits that were passed, each told once; why: the first, which a rollback is for';
 
 CREATE TABLE migrate._event (
     id        bigint PRIMARY KEY GENERATED ALWAYS AS IDENTITY,

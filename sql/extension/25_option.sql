@@ -50,6 +50,14 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
     ('require', 'list', '', 'all', false, NULL, NULL,
      '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,reverse,preflight,views,swap,sequences,snapshots}', 'failures,validation',
      'the gates that cutover insists on'),
+    ('watch_time', 'interval', 'minutes', '0 seconds', false, 0, 2678400000, NULL, '30 minutes', 'how long after cutover the limits of the watch are looked at; 0: not at all'),
+    ('watch_failures', 'integer', 'keys', '0', true, 0, 1000000000, NULL, '0', 'a limit of the watch: keys whose dual write has failed since the switch, also those that are mended by now'),
+    ('watch_abort_rate', 'ratio', '', 'none', true, 0, 1, NULL, '0.05',
+     'a limit of the watch: share of all transactions of the database that were aborted since the switch, whatever they did'),
+    ('watch_latency', 'ratio', '', 'none', true, 1, 1000, NULL, '2',
+     'a limit of the watch: how many times as long as before the switch statements on the tables and views take on average, by pg_stat_statements'),
+    ('on_limit', 'enum', '', 'event', false, NULL, NULL, '{event,rollback}', 'rollback',
+     'what happens when the watch finds a limit passed: an event alone, or a rollback too, tried for as long as the watch lasts'),
     ('cutover', 'enum', '', 'auto', false, NULL, NULL, '{auto,view,swap}', 'view',
      'how applications are switched: auto takes the views of add_view where there are any, and is the plain switch otherwise; swap gives the target the source''s name'),
     ('max_failures', 'integer', 'keys', '1000', false, 0, 10000000, NULL, '1000', 'the backfill stops as failed when more keys than this could not be copied'),
@@ -259,9 +267,10 @@ BEGIN
 END $$;
 
 -- What a changed value must do at once, beyond being read the next time.
-CREATE FUNCTION migrate._option_effect(m migrate._migration, option text, value text) RETURNS void
+CREATE FUNCTION migrate._option_effect(m migrate._migration, caller regrole, option text, value text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
+    PERFORM migrate._change_watch(m, caller) WHERE option = 'watch_time' AND m.phase = 'cut_over';
     IF option = 'batch_size' THEN
         UPDATE migrate._migration x SET batch_rows = NULL WHERE x.id = m.id;  -- the worker begins with it again
     END IF;
@@ -313,6 +322,8 @@ BEGIN
     ELSIF d.name = 'on_target_delete' AND m.both_directions AND after IS DISTINCT FROM before THEN
         PERFORM migrate._raise('55000', format('option "%s" cannot change after cutover', d.name),
             format('Migration "%s" is in phase %s and deletes have been carried back by the rule %s.', m.name, m.phase, coalesce(before, 'of its flows')));
+    ELSIF d.name = 'watch_latency' AND after <> 'none' THEN
+        PERFORM migrate._require_statements();
     END IF;
 
     change := format('%s -> %s', migrate._option_show(d, coalesce(before, d.standard)), migrate._option_show(d, after));
@@ -324,7 +335,7 @@ BEGIN
     IF after <> d.standard THEN
         INSERT INTO migrate._option (migration, name, value) VALUES (m.id, d.name, after);
     END IF;
-    PERFORM migrate._option_effect(m, d.name, nullif(after, 'none'));
+    PERFORM migrate._option_effect(m, caller, d.name, nullif(after, 'none'));
     PERFORM migrate._event(m, caller, 'option', format('%s: %s', d.name, change));
     RETURN change;
 END $$;

@@ -30,6 +30,7 @@ LANGUAGE sql STABLE AS $$
     SELECT migrate._is_under_way(m.phase) AND m.paused_since IS NULL AND m.failed_since IS NULL
        AND (m.phase NOT IN ('ready', 'cut_over')
             OR migrate._opt(m.id, 'shadow_rate')::numeric > 0
+            OR m.phase = 'cut_over' AND EXISTS (SELECT FROM migrate._watch w WHERE w.migration = m.id)
             OR EXISTS (SELECT FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id)
             OR migrate._is_restoring(m.id))
         OR m.phase = 'cancelled' AND migrate._is_restoring(m.id)
@@ -270,9 +271,11 @@ CREATE FUNCTION migrate._rearm(m migrate._migration, caller regrole) RETURNS voi
 LANGUAGE plpgsql AS $$
 DECLARE
     tables regclass[] := migrate._trigger_tables(m);
+    routed regclass[] := ARRAY(SELECT v FROM migrate._routed_views(m.id) v WHERE m.phase <> 'cut_over');
 BEGIN
-    PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', tables, array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
-        format('SELECT migrate._create_all_triggers(%s)', m.id), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+    PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', routed || tables,
+        array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(routed)]) || array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
+        format('SELECT migrate._rearm_now(%s, %L)', m.id, caller), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     PERFORM migrate._event(m, caller, 'rearmed', 'the dual writes had a gap: what was validated before counts for nothing');
     IF m.phase IN ('shadowing', 'ready') THEN
         PERFORM migrate._move(m, caller, 'validating', 'the dual writes had a gap and were armed again');
@@ -296,6 +299,14 @@ BEGIN
     PERFORM migrate._undo();
 EXCEPTION WHEN SQLSTATE 'MGUND' THEN
     RETURN tables;
+END $$;
+
+-- Reads that were routed to the target come back to the source first: it may lack what was written meanwhile.
+CREATE FUNCTION migrate._rearm_now(m_id integer, caller regrole) RETURNS text
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM migrate._route_back(m_id, caller) FROM migrate._migration m WHERE m.id = m_id AND m.phase <> 'cut_over';
+    RETURN migrate._create_all_triggers(m_id);
 END $$;
 
 CREATE FUNCTION migrate._create_all_triggers(m_id integer) RETURNS text

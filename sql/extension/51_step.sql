@@ -30,7 +30,7 @@ CREATE TYPE migrate._job AS (
     migration integer, worker integer, action text, phase text, flow integer, ordinal integer, direction text,
     rows integer, wait_ms integer, own_snapshot boolean, batch integer, activity text);
 COMMENT ON TYPE migrate._job IS
-    'action: exit, wait, ranges, copy, requeue, retry, index, add_key, validate_key, advance, validate, shadow; batch: the batch size the worker is to take up';
+    'action: exit, wait, ranges, copy, requeue, retry, index, add_key, validate_key, advance, validate, shadow, watch, rollback; batch: the batch size the worker is to take up';
 
 -- The next job of this worker, with all that is needed locked. turn: a counter; first: the worker's first turn; check: the
 -- throttle's signals have not been looked at for a while.
@@ -56,8 +56,8 @@ BEGIN
         m := migrate._throttle_state(m, worker, look);
     END IF;
     j := migrate._choose(m, worker, coalesce(j.batch, batch), turn, look, j.batch);
-    -- Waiting needs no lock and leaves no trace in the WAL.
-    IF j.action IN ('exit', 'wait') THEN
+    -- Waiting needs no lock and leaves no trace in the WAL; a rollback locks as the verb does.
+    IF j.action IN ('exit', 'wait', 'rollback') THEN
         RETURN j;
     END IF;
     PERFORM FROM migrate._migration x
@@ -105,6 +105,13 @@ DECLARE
     j migrate._job := ROW(m.id, worker, NULL, m.phase, NULL, NULL, NULL, NULL, 0, false, new_batch, NULL);
     due record;
 BEGIN
+    IF worker = 0 AND m.phase = 'cut_over' THEN
+        j.action := migrate._watch_is_due(m);
+        j.activity := format('%s: watching after the cutover', m.name);
+        IF j.action IN ('watch', 'rollback') THEN
+            RETURN j;
+        END IF;
+    END IF;
     IF worker = 0 THEN
         SELECT x.flow, x.direction, x.retry_at INTO due FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow
         WHERE f.migration = m.id ORDER BY x.retry_at LIMIT 1;
@@ -135,9 +142,9 @@ BEGIN
         j.action := 'shadow';
         j.own_snapshot := true;
         j.activity := format('%s: shadow reads', m.name);
-    ELSIF due.retry_at IS NOT NULL THEN
+    ELSIF due.retry_at IS NOT NULL OR j.action = 'wait' THEN
         -- Looked at each second, so that a verb's change is seen soon.
-        RETURN migrate._wait_job(m, worker, ceil(least(1000, greatest(1, extract(epoch FROM due.retry_at - clock_timestamp()) * 1000)))::integer);
+        RETURN migrate._wait_job(m, worker, ceil(least(CASE j.action WHEN 'wait' THEN 500 ELSE 1000 END, greatest(1, coalesce(extract(epoch FROM due.retry_at - clock_timestamp()) * 1000, 1000))))::integer);
     ELSE
         RETURN migrate._wait_job(m, worker, NULL);
     END IF;
@@ -225,6 +232,10 @@ BEGIN
     wait_ms := 0;
     next_batch := j.batch;
     locked := false;
+    IF j.action = 'rollback' THEN
+        PERFORM migrate._roll_back_by_itself(j.migration);
+        RETURN;
+    END IF;
     SELECT * INTO m FROM migrate._migration x
     WHERE x.id = j.migration AND x.phase = j.phase AND x.paused_since IS NULL AND x.failed_since IS NULL FOR KEY SHARE;
     IF NOT FOUND THEN
@@ -247,6 +258,8 @@ BEGIN
         wait_ms := migrate._run_validate(m);
     WHEN 'shadow' THEN
         wait_ms := migrate._run_shadow(m);
+    WHEN 'watch' THEN
+        PERFORM migrate._run_watch(m);
     END CASE;
     IF rest > 0 THEN
         locked := true;

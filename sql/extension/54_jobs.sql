@@ -192,6 +192,7 @@ BEGIN
         BEGIN
             IF migrate._apply_keys(j.flow, j.direction, ARRAY[x.key]) IS NULL THEN
                 DELETE FROM migrate._failure d WHERE d.id = ANY (x.ids);
+                UPDATE migrate._watch w SET mended = w.mended + 1 WHERE w.migration = m.id AND w.last_failure < ANY (x.ids);
                 -- @point retry: records deleted
             ELSE
                 -- The longer it has lasted, the less often: each look leaves a dead row, which whoever holds the lock keeps.

@@ -52,6 +52,8 @@ BEGIN
             PERFORM migrate._isolate(m, j, sqlstate, object);
         ELSIF j.action IN ('index', 'add_key', 'validate_key') THEN
             PERFORM migrate._restore_failed(m, j, sqlstate, message);
+        ELSIF j.action IN ('watch', 'rollback') THEN  -- what else the worker does must go on
+            wait_ms := migrate._backoff_ms(tries, 1000, 60000);
         ELSE
             PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate));
         END IF;

@@ -90,11 +90,15 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- CREATE OR REPLACE keeps owner, grants and comments, but not the options: they are stated again.
-CREATE FUNCTION migrate._replace_view(v migrate._view, side text) RETURNS void
+CREATE FUNCTION migrate._replace_view(v migrate._view, side text, caller regrole) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     shown record;
 BEGIN
+    IF v.use = 'read' THEN
+        PERFORM migrate._route_view(v, CASE side WHEN 'target' THEN 100 ELSE 0 END, NULL, caller);
+        RETURN;
+    END IF;
     SELECT * INTO shown FROM migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape));
     EXECUTE format('CREATE OR REPLACE VIEW %s%s AS %s', migrate._relation_name(v.view), migrate._with_options(v.view),
                    migrate._view_select(v.flow, v.shape, side, shown.names, shown.nums));
@@ -102,14 +106,14 @@ BEGIN
 END $$;
 
 -- Switches a new view there and back, so that what would fail at cutover fails now; says what cannot be written.
-CREATE FUNCTION migrate._try_view(v migrate._view) RETURNS void
+CREATE FUNCTION migrate._try_view(v migrate._view, caller regrole) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     side text;
 BEGIN
     FOREACH side IN ARRAY '{target,source}'::text[] LOOP
-        PERFORM migrate._replace_view(v, side);
-        PERFORM migrate._notice_read_only(v, side);
+        PERFORM migrate._replace_view(v, side, caller);
+        PERFORM migrate._notice_read_only(v, side) WHERE v.use = 'both';
     END LOOP;
 END $$;
 
@@ -128,18 +132,20 @@ LANGUAGE sql STABLE AS $$
                CASE side WHEN 'target' THEN f.target ELSE f.source END AS goes_to,
                CASE side WHEN 'target' THEN f.source ELSE f.target END AS comes_from
         FROM migrate._flow f, pg_class c WHERE f.id = v.flow AND c.oid = v.view
+    ), used AS (
+        SELECT k.privilege, k.i FROM unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY AS k(privilege, i) WHERE v.use = 'both' OR k.i = 1
     ), needed AS (
         SELECT CASE WHEN v.shape = side THEN migrate._view_attnums(v.flow, v.shape)
                     ELSE (SELECT p.reads FROM migrate._mapping p WHERE p.flow = v.flow AND p.direction =
                               CASE v.shape WHEN 'target' THEN 'forward' ELSE 'reverse' END) END AS attnums
     ), want AS (
-        SELECT p.relowner AS role, k.privilege FROM place p, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) AS k(privilege) WHERE NOT p.invoker
+        SELECT p.relowner AS role, u.privilege FROM place p, used u WHERE NOT p.invoker
         UNION
         SELECT a.grantee, a.privilege_type FROM place p, aclexplode(coalesce(p.relacl, acldefault('r', p.relowner))) a
-        WHERE p.invoker AND a.grantee <> 0 AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+        WHERE p.invoker AND a.grantee <> 0 AND a.privilege_type IN (SELECT u.privilege FROM used u)
     )
-    SELECT w.role::regrole, string_agg(w.privilege, ', ' ORDER BY array_position(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE'], w.privilege)), p.goes_to
-    FROM want w, place p, needed n
+    SELECT w.role::regrole, string_agg(w.privilege, ', ' ORDER BY u.i), p.goes_to
+    FROM want w JOIN used u USING (privilege), place p, needed n
     WHERE CASE w.privilege
           WHEN 'SELECT' THEN EXISTS (SELECT FROM migrate._columns_of(p.goes_to, nullif(n.attnums, '{0}')) c
                                      WHERE NOT has_column_privilege(w.role, p.goes_to, c.attnum, 'SELECT'))

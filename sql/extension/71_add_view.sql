@@ -1,17 +1,18 @@
 -- add_view: making a view or adopting one, letting the source step aside, and giving it its name back.
 
--- ALL that a role could do with `origin` it may do with the view. Columns where they bear on the same value.
-CREATE FUNCTION migrate._copy_grants(origin regclass, view regclass, pairs jsonb) RETURNS void
+-- ALL that a role could do with `origin` it may do with the view, as far as that is for it. Columns where they bear on the same value.
+CREATE FUNCTION migrate._copy_grants(origin regclass, view regclass, pairs jsonb, use text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     g record;
+    copied text[] := CASE use WHEN 'read' THEN '{SELECT}' ELSE '{SELECT,INSERT,UPDATE,DELETE}' END;
 BEGIN
     FOR g IN
         SELECT a.*, NULL::text AS column_name FROM pg_class c, aclexplode(c.relacl) a
-        WHERE c.oid = origin AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+        WHERE c.oid = origin AND a.grantee <> c.relowner AND a.privilege_type = ANY (copied)
         UNION ALL
         SELECT a.*, pairs ->> t.attname FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid, aclexplode(t.attacl) a
-        WHERE t.attrelid = origin AND pairs ? t.attname AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE')
+        WHERE t.attrelid = origin AND pairs ? t.attname AND a.grantee <> c.relowner AND a.privilege_type = ANY (copied)
     LOOP
         EXECUTE format('GRANT %s%s ON %s TO %s%s', g.privilege_type, coalesce(' (' || quote_ident(g.column_name) || ')', ''), migrate._relation_name(view),
                        CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END,
@@ -106,7 +107,7 @@ BEGIN
     RETURN found[1];
 END $$;
 
-CREATE FUNCTION migrate._add_view(caller regrole, name text, view text, shape text DEFAULT 'target', flow text DEFAULT NULL) RETURNS text
+CREATE FUNCTION migrate._add_view(caller regrole, name text, view text, shape text DEFAULT 'target', flow text DEFAULT NULL, use text DEFAULT 'both') RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
@@ -117,6 +118,9 @@ BEGIN
     IF shape IS NULL OR shape NOT IN ('target', 'source') THEN
         PERFORM migrate._raise('22023', format('shape "%s" of a view does not exist', shape), '',
             'Shape target gives the view the target''s columns, shape source lets a view take the source''s name and columns.');
+    ELSIF use IS NULL OR use NOT IN ('both', 'read') OR use = 'read' AND shape = 'source' THEN
+        PERFORM migrate._raise('22023', CASE use WHEN 'read' THEN 'a view for reading has the shape of the target' ELSE format('use "%s" of a view does not exist', use) END, '',
+            'Use both is for reading and writing, through either shape; use read, with shape target, is for reading alone, and migrate.route moves its reads by and by.');
     ELSIF view IS NULL THEN
         PERFORM migrate._raise('22023', 'add_view needs the name of a view');
     ELSIF NOT EXISTS (SELECT FROM migrate._flow x WHERE x.migration = m.id) THEN
@@ -124,12 +128,12 @@ BEGIN
     END IF;
     SELECT * INTO place FROM migrate._view_name(caller, view, migrate._caller_search_path());
     SELECT * INTO known FROM migrate._view v WHERE v.view = place.existing;
-    IF FOUND AND known.migration = m.id AND known.shape = _add_view.shape THEN
+    IF FOUND AND known.migration = m.id AND known.shape = _add_view.shape AND known.use = _add_view.use THEN
         RAISE NOTICE 'view % belongs to migration "%" already', place.existing, m.name;
         RETURN format('%s -> %s', m.phase, m.phase);
     ELSIF FOUND THEN
-        PERFORM migrate._raise('55000', format('view %s belongs to migration "%s" already, with shape %s', place.existing,
-            (SELECT x.name FROM migrate._migration x WHERE x.id = known.migration), known.shape));
+        PERFORM migrate._raise('55000', format('view %s belongs to migration "%s" already, with shape %s%s', place.existing,
+            (SELECT x.name FROM migrate._migration x WHERE x.id = known.migration), known.shape, CASE known.use WHEN 'read' THEN ' and use read' ELSE '' END));
     ELSIF m.phase IN ('cut_over', 'finalized', 'cancelled') THEN
         PERFORM migrate._raise('55000', format('migration "%s" is %s', m.name, replace(m.phase, '_', ' ')), 'Views are added while the source serves.',
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.rollback(%L); then add the view.', m.name) ELSE '' END);
@@ -138,9 +142,9 @@ BEGIN
     IF shape = 'source' THEN
         RETURN migrate._add_source_view(m, caller, f, place.schema, place.relation, place.existing);
     ELSIF place.existing IS NULL THEN
-        RETURN migrate._add_new_view(m, caller, f, place.schema, place.relation);
+        RETURN migrate._add_new_view(m, caller, f, place.schema, place.relation, use);
     END IF;
-    RETURN migrate._adopt_view(m, caller, f, place.existing);
+    RETURN migrate._adopt_view(m, caller, f, place.existing, use);
 END $$;
 
 -- Raises when the view, once switched, could not be read or written as before.
@@ -174,7 +178,7 @@ BEGIN
     RETURN ' WITH (security_invoker = true)';
 END $$;
 
-CREATE FUNCTION migrate._add_new_view(m migrate._migration, caller regrole, f migrate._flow, schema text, relation text) RETURNS text
+CREATE FUNCTION migrate._add_new_view(m migrate._migration, caller regrole, f migrate._flow, schema text, relation text, use text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     owner regrole := migrate._table_owner(f.source);
@@ -189,16 +193,16 @@ BEGIN
     PERFORM migrate._require_create(owner, schema);
     EXECUTE format('CREATE VIEW %I.%I%s AS %s', schema, relation, migrate._new_view_options(f),
                    migrate._view_select(f.id, 'target', 'source', names, nums));
-    INSERT INTO migrate._view VALUES (m.id, f.id, format('%I.%I', schema, relation)::regclass, 'target', true, NULL) RETURNING * INTO v;
+    INSERT INTO migrate._view VALUES (m.id, f.id, format('%I.%I', schema, relation)::regclass, 'target', true, NULL, use, CASE use WHEN 'read' THEN 0 END) RETURNING * INTO v;
     EXECUTE format('ALTER VIEW %I.%I OWNER TO %s', schema, relation, owner);
-    PERFORM migrate._copy_grants(f.source, v.view, pairs);
+    PERFORM migrate._copy_grants(f.source, v.view, pairs, use);
     PERFORM migrate._require_view_rights(v);
     SELECT string_agg(c.name, ', ') INTO missing FROM migrate._columns_of(f.target) c WHERE c.attnum <> ALL (attnums);
     IF missing IS NOT NULL THEN
         RAISE NOTICE 'view % does not show column % of %, which no mapping fills', v.view, missing, f.target;
     END IF;
-    PERFORM migrate._try_view(v);
-    PERFORM migrate._notice_identity(f, pairs);
+    PERFORM migrate._try_view(v, caller);
+    PERFORM migrate._notice_identity(f, pairs) WHERE use = 'both';
     PERFORM migrate._event(m, caller, 'view', format('created view %s over %s', v.view, f.source));
     RETURN format('%s -> %s, view %s over %s', m.phase, m.phase, v.view, f.source);
 END $$;
@@ -218,10 +222,10 @@ BEGIN
     END LOOP;
 END $$;
 
-CREATE FUNCTION migrate._adopt_view(m migrate._migration, caller regrole, f migrate._flow, view regclass) RETURNS text
+CREATE FUNCTION migrate._adopt_view(m migrate._migration, caller regrole, f migrate._flow, view regclass, use text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
-    v migrate._view := (m.id, f.id, view, 'target', false, NULL);
+    v migrate._view := (m.id, f.id, view, 'target', false, NULL, use, CASE use WHEN 'read' THEN 0 END, NULL, NULL, NULL);
     kind "char" := (SELECT relkind FROM pg_class WHERE oid = view);
     differences text;
 BEGIN
@@ -242,9 +246,10 @@ BEGIN
             'Give it these columns, with these types (a cast in its select list will do), or choose another name.');
     END IF;
     PERFORM migrate._require_view_rights(v);
+    PERFORM migrate._require_unwritten(v) WHERE use = 'read';
     INSERT INTO migrate._view VALUES (v.*);
     PERFORM migrate._under_locks(m, caller, 'adopt view ' || view, ARRAY[view], '{ACCESS EXCLUSIVE}',
-        format('SELECT migrate._try_view(v)::text FROM migrate._view v WHERE v.migration = %s AND v.view = %s', m.id, view::oid),
+        format('SELECT migrate._try_view(v, %L)::text FROM migrate._view v WHERE v.migration = %s AND v.view = %s', caller, m.id, view::oid),
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     PERFORM migrate._event(m, caller, 'view', format('adopted view %s, now over %s', view, f.source));
     RETURN format('%s -> %s, view %s over %s', m.phase, m.phase, view, f.source);
@@ -280,14 +285,14 @@ BEGIN
             USING HINT = 'Create it again after this call, to let it read the view.';
     END LOOP;
     SELECT * INTO done FROM migrate._under_locks(m, caller, format('let table %s step aside', f.source), ARRAY[f.source], '{ACCESS EXCLUSIVE}',
-        format('SELECT migrate._step_aside(%L::regrole, %s, %L)', m.owner, f.id, migrate._aside_name(f.source)),
+        format('SELECT migrate._step_aside(%L::regrole, %s, %L)', caller, f.id, migrate._aside_name(f.source)),
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     PERFORM migrate._event(m, caller, 'view', format('view %I.%I took the name of the source, which is now %s', schema, relation, f.source));
     RETURN format('%s -> %s, view %I.%I over %s, the former %s', m.phase, m.phase, schema, relation, done.result, relation);
 END $$;
 
 -- Renames the source and creates the view in its place, in one attempt. Returns the new name.
-CREATE FUNCTION migrate._step_aside(owner regrole, flow integer, aside text) RETURNS text
+CREATE FUNCTION migrate._step_aside(caller regrole, flow integer, aside text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     f migrate._flow := (SELECT x FROM migrate._flow x WHERE x.id = flow);
@@ -301,17 +306,17 @@ BEGIN
     EXECUTE format('CREATE VIEW %s%s AS %s', place, migrate._new_view_options(f), migrate._view_select(f.id, 'source', 'source', names, nums));
     INSERT INTO migrate._view VALUES (f.migration, f.id, place::regclass, 'source', true, aside) RETURNING * INTO v;
     EXECUTE format('ALTER VIEW %s OWNER TO %s', place, migrate._table_owner(f.source));
-    PERFORM migrate._copy_grants(f.source, v.view, pairs);
+    PERFORM migrate._copy_grants(f.source, v.view, pairs, 'both');
     PERFORM migrate._copy_comments(f.source, v.view, pairs);
     PERFORM migrate._require_view_rights(v);
-    PERFORM migrate._try_view(v);
+    PERFORM migrate._try_view(v, caller);
     PERFORM migrate._notice_identity(f, pairs);
     RETURN migrate._relation_name(f.source);
 END $$;
 
 -- Before the source is left to itself again (cancel, drop): tables that stepped aside get their names back and the triggers go, all
 -- in one attempt, so that no view is held while a table is waited for. Views come before tables, the order in which applications
--- lock them. `also`: what else is to be locked; `own`: the targets among it that _leave_target() puts in order; `patience`: for how long
+-- lock them. Reads that were routed to the target come back, too. `also`: what else is to be locked; `own`: the targets among it that _leave_target() puts in order; `patience`: for how long
 -- locks are tried for, at most. The other views stay, over the source, for applications may use them. Returns a
 -- sentence on what is left, or NULL.
 CREATE FUNCTION migrate._dismantle(m migrate._migration, caller regrole, goal text, also regclass[], own regclass[] DEFAULT '{}', patience interval DEFAULT NULL) RETURNS text
@@ -324,7 +329,7 @@ BEGIN
         SELECT v.view, f.source FROM migrate._view v JOIN pg_class c ON c.oid = v.view JOIN migrate._flow f ON f.id = v.flow
         WHERE v.migration = m.id AND v.shape = 'source'
     ), wanted AS (
-        SELECT 1 AS rank, a.view AS relation FROM aside a UNION SELECT 2, a.source FROM aside a UNION SELECT 2, r FROM unnest(also) r
+        SELECT 1 AS rank, a.view AS relation FROM aside a UNION SELECT 1, v FROM migrate._routed_views(m.id) v UNION SELECT 2, a.source FROM aside a UNION SELECT 2, r FROM unnest(also) r
     )
     SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid) INTO relations FROM wanted w;
     IF relations IS NOT NULL THEN
@@ -345,6 +350,7 @@ BEGIN
     FOR v IN SELECT x.view FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id AND x.shape = 'source' ORDER BY x.view LOOP
         PERFORM migrate._step_back(m_id, v);
     END LOOP;
+    PERFORM migrate._route_back(m_id, caller);
     -- @point cancel: views restored
     PERFORM migrate._drop_triggers(m, 'forward');
     PERFORM migrate._drop_triggers(m, 'reverse');

@@ -6,11 +6,14 @@ LANGUAGE sql IMMUTABLE AS $$
 $$;
 COMMENT ON FUNCTION migrate._gate_names IS 'what a switch checks; snapshots is the wait for old snapshots';
 
--- The way back must not be barred by what only says that the way forth was hasty.
+-- The way back must not be barred by what only says that the way forth was hasty. side read: some reads are to go to the target, and the
+-- source still serves.
 CREATE FUNCTION migrate._gates_of(side text) RETURNS text[]
 LANGUAGE sql IMMUTABLE AS $$
     SELECT CASE side WHEN 'target' THEN migrate._gate_names()
-                     ELSE '{dual_writes,failures,requeue,validation,reverse,views,swap,sequences,snapshots}' END
+                     WHEN 'read' THEN '{paused,failed,dual_writes,failures,requeue,deferred,validation,shadow,preflight,views,snapshots}'
+                     WHEN 'source' THEN '{dual_writes,failures,requeue,validation,reverse,views,swap,sequences,snapshots}'
+                     ELSE '{}' END
 $$;
 
 -- Each gate with its problem (NULL: it passes) and what to do about it. under_locks: only those that a write can change meanwhile.
@@ -124,13 +127,13 @@ BEGIN
         problem := 'option cutover is view, but there is no view';
         hint := format('SELECT migrate.add_view(%L, ''…'');', m.name);
     END IF;
-    FOR v IN SELECT * FROM migrate._view x WHERE x.migration = m.id ORDER BY x.view LOOP
+    FOR v IN SELECT * FROM migrate._view x WHERE x.migration = m.id AND (side <> 'read' OR x.use = 'read') ORDER BY x.view LOOP
         IF NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = v.view) THEN
             problem := format('the view with OID %s was dropped', v.view::oid);
             hint := format('SELECT migrate.rollback(%L, …) and add_view again, or skip this gate.', m.name);
             CONTINUE;
         END IF;
-        SELECT * INTO missing FROM migrate._view_rights(v, side) LIMIT 1;
+        SELECT * INTO missing FROM migrate._view_rights(v, CASE side WHEN 'read' THEN 'target' ELSE side END) LIMIT 1;
         IF FOUND THEN
             problem := format('role %s lacks %s on %s, which view %s needs', missing.role, missing.privileges, missing.relation, v.view);
             hint := format('GRANT %s ON %s TO %s;', missing.privileges, missing.relation, missing.role);
@@ -145,13 +148,13 @@ DECLARE
     failed text[];
     problems text;
     hints text;
-    verb text := CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END;
+    verb text := CASE side WHEN 'target' THEN 'cutover' WHEN 'read' THEN 'route' ELSE 'rollback' END;
 BEGIN
     SELECT array_agg(g.gate), string_agg(g.gate || ': ' || g.problem, E'\n'), string_agg(g.hint, E'\n') INTO failed, problems, hints
     FROM migrate._gates(m, caller, side, under_locks, skipped) g WHERE g.problem IS NOT NULL;
     IF failed IS NOT NULL THEN
         PERFORM migrate._raise('55000', format('%s of migration "%s" is refused by gate %s', verb, m.name, array_to_string(failed, ', ')), problems,
-            hints || format(E'\nTo go on all the same, by name: SELECT migrate.%s(%L, skip => %L);', verb, m.name, failed));
+            hints || format(E'\nTo go on all the same, by name: SELECT migrate.%s(%L, %sskip => %L);', verb, m.name, CASE side WHEN 'read' THEN '…, ' ELSE '' END, failed));
     END IF;
 END $$;
 

@@ -40,7 +40,7 @@ BEGIN
     did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped, swap) ELSE migrate._swap_back(m) END;
     -- @point switch: names swapped
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
-        PERFORM migrate._replace_view(v, side);
+        PERFORM migrate._replace_view(v, side, caller);
         -- @point switch: one view replaced
         did := did || (SELECT format('view %s reads %s', v.view, CASE side WHEN 'target' THEN f.target ELSE f.source END) FROM migrate._flow f WHERE f.id = v.flow);
     END LOOP;
@@ -56,6 +56,7 @@ BEGIN
                        CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END);
     -- @point switch: phase moved
     UPDATE migrate._migration x SET cut_over_at = CASE side WHEN 'target' THEN clock_timestamp() END WHERE x.id = m_id;
+    PERFORM migrate._change_watch(m, caller);
     RETURN array_to_string(did || format('the %s serves', side), E'\n');
 END $$;
 
@@ -181,7 +182,7 @@ BEGIN
     IF NOT dry_run THEN
         PERFORM migrate._event(m, caller, verb, format('attempts: %s; waited for locks: %s ms; last blockers: %s; gates skipped: %s; %s', done.attempts, done.lock_ms,
             coalesce(array_to_string(nullif(done.blockers, '{}'), ', '), 'none'), coalesce(array_to_string(nullif(p.skipped, '{}'), ', '), 'none'),
-            replace(p.did, E'\n', '; '))) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due;
+            replace(p.did, E'\n', '; '))), migrate._launch_watch(m) FROM migrate._switch_parts(parts) p JOIN migrate._migration m USING (id) WHERE p.due;
     END IF;
     -- @point switch: event written
     -- (Foreign keys that were swapped are to be validated. Without a free slot that waits.)

@@ -144,6 +144,7 @@ BEGIN
         DELETE FROM migrate._requeue q USING migrate._flow f WHERE f.id = q.flow AND f.migration = m_id;
         DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m_id;
         DELETE FROM migrate._swapped x WHERE x.migration = m_id;
+        DELETE FROM migrate._watch w WHERE w.migration = m_id;
         UPDATE migrate._migration x SET both_directions = false, throttled_since = NULL, throttled_reason = NULL WHERE x.id = m_id RETURNING * INTO m;
         m := migrate._move(m, caller, 'finalized', 'finalize');
         -- @point finalize: phase moved

@@ -8,7 +8,7 @@ CREATE VIEW migrate._progress AS
                 WHEN m.failed_since IS NOT NULL THEN 'failed'
                 WHEN m.paused_since IS NOT NULL OR c.why IS NOT NULL THEN 'paused'
                 WHEN m.throttled_since IS NOT NULL THEN 'throttled'
-                WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows AND d.deferred = 0 THEN 'idle'
+                WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows AND d.deferred = 0 AND v.migration IS NULL THEN 'idle'
                 WHEN w.pids IS NULL OR p.note IS NOT NULL AND NOT d.building THEN 'waiting'
                 ELSE 'running' END AS state,
            CASE WHEN m.phase IN ('planned', 'dual_writing') THEN 0.0
@@ -20,11 +20,12 @@ CREATE VIEW migrate._progress AS
                 THEN make_interval(secs => round(greatest(p.rows_estimated - r.rows_copied, 0) / p.rows_per_second)::double precision) END AS eta,
            m.batch_rows AS batch_size, r.checkpoint, m.throttled_since,
            coalesce(m.throttled_reason, t.by_verb) AS throttled_by,
-           p.note || coalesce(b.detail, '') AS note, x.failures, q.requeued, w.pids AS workers,
+           coalesce(p.note || coalesce(b.detail, ''), v.shows) AS note, x.failures, q.requeued, w.pids AS workers,
            CASE WHEN m.failed_since IS NOT NULL THEN m.failed_reason ELSE p.last_error END AS last_error,
            coalesce(m.paused_reason, c.why) AS paused_reason, m.failed_reason
     FROM migrate._migration m
     LEFT JOIN migrate._clone c ON c.migration = m.id
+    LEFT JOIN migrate._watch v ON v.migration = m.id AND m.phase = 'cut_over'
     LEFT JOIN (SELECT migration, array_agg(pid ORDER BY worker) AS pids FROM migrate._worker GROUP BY migration) w ON w.migration = m.id
     LEFT JOIN LATERAL (SELECT max(a.rows_estimated) AS rows_estimated,
                               sum(a.rows_per_second) FILTER (WHERE a.at > clock_timestamp() - interval '10 s')::numeric AS rows_per_second,

@@ -8,9 +8,13 @@ CREATE FUNCTION migrate.add_flow(name text, source regclass, target regclass, ma
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
 COMMENT ON FUNCTION migrate.add_flow IS 'adds a source or a target to a planned migration';
 
-CREATE FUNCTION migrate.add_view(name text, view text, shape text DEFAULT 'target', flow text DEFAULT NULL)
+CREATE FUNCTION migrate.add_view(name text, view text, shape text DEFAULT 'target', flow text DEFAULT NULL, use text DEFAULT 'both')
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
-COMMENT ON FUNCTION migrate.add_view IS 'makes, or takes over, a view that cutover switches; shape target: the target''s columns, source: the source''s name and columns';
+COMMENT ON FUNCTION migrate.add_view IS 'makes, or takes over, a view that cutover switches; shape target: the target''s columns, source: the source''s name and columns; use read: for reading alone, see route';
+
+CREATE FUNCTION migrate.route(name text, percent numeric DEFAULT NULL, predicate text DEFAULT NULL, dry_run boolean DEFAULT false, skip text[] DEFAULT '{}')
+RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';
+COMMENT ON FUNCTION migrate.route IS 'serves reads through the views of use read from the target: of so many in a hundred keys, or of the rows a predicate over the view''s columns is true for; percent 0 goes back at once';
 
 CREATE FUNCTION migrate.set(name text, option text, value text)
 RETURNS text LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_verb';

@@ -6,8 +6,8 @@ SELECT no_plan();
 SELECT has_schema('migrate');
 SELECT has_function('migrate', name, 'verb ' || name)
 FROM unnest('{define,add_flow,add_view,drop,set,get,preflight,plan,start,pause,resume,cancel,retry,wait,throttle,unthrottle,validate,
-mismatches,repair,shadow,cutover,rollback,finalize,serves,allow,checksum,range_checksums,md5_agg,ordered_md5,row_sum}'::text[]) AS name;
-SELECT has_view('migrate', name, 'view ' || name) FROM unnest('{migration,progress,events,failures}'::text[]) AS name;
+mismatches,repair,shadow,route,cutover,rollback,finalize,serves,allow,checksum,range_checksums,md5_agg,ordered_md5,row_sum}'::text[]) AS name;
+SELECT has_view('migrate', name, 'view ' || name) FROM unnest('{migration,progress,events,failures,routes}'::text[]) AS name;
 
 -- Everything in the schema belongs to the extension, and what is internal is revoked from PUBLIC.
 SELECT is_empty($$

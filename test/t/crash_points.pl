@@ -74,6 +74,10 @@ END $$;
 SQL
 my %end = (bigint => "SELECT migrate.finalize('s', force => 's');", integer => "SELECT migrate.cancel('s');");
 my %undo_swap = map { my $type = $_; (my $sql = $swapped) =~ s/TYPE/$type . ($type eq 'bigint' ? ' t' : ' f')/e; ($type => "$sql $end{$type} SELECT migrate.drop('s'); DROP TABLE swap_ref, swap_a CASCADE") } keys %end;
+# A limit that is passed, whatever the counters say: a row of the watch says so already.
+my $limits = "SELECT migrate.set('m', 'on_limit', 'rollback');";
+my $passed = "BEGIN; SELECT migrate.set('m', 'watch_time', '1 hour'); UPDATE migrate._watch SET why = 'the test'; COMMIT;";
+my $unwatch = "SELECT migrate.set('m', 'watch_time', '0'); SELECT migrate.set('m', 'on_limit', 'default');";
 my %situation = (
 	swap_there => { from => 'ready', prepare => $swap, run => "SELECT migrate.cutover('s')", undo => $undo_swap{bigint} },
 	swap_back => { from => 'ready', prepare => "$swap SELECT migrate.cutover('s');\n", run => "SELECT migrate.rollback('s')", undo => $undo_swap{integer} },
@@ -98,6 +102,11 @@ my %situation = (
 	pause        => { from => 'ready', run => "SELECT migrate.pause('m')", undo => "SELECT migrate.resume('m')" },
 	resume       => { from => 'ready', prepare => "SELECT migrate.pause('m');", run => "SELECT migrate.resume('m')" },
 	cancel       => { from => 'ready', to => 'cancelled', run => "SELECT migrate.cancel('m')" },
+	route        => { from => 'ready', prepare => "SELECT migrate.route('m', percent => 0);", run => "SELECT migrate.route('m', percent => 50)" },
+	watch        => { from => 'cut_over', by => 'worker', run => "SELECT migrate.set('m', 'watch_time', '1 hour')", undo => "SELECT migrate.set('m', 'watch_time', '0')" },
+	watch_back   => { from => 'cut_over', to => 'watched', by => 'worker', prepare => $limits, run => $passed, undo => "CALL settle('ready', 15000); $unwatch" },
+	watch_refused => { from => 'cut_over', by => 'worker', run => $passed, undo => "DELETE FROM migrate._requeue; $unwatch",
+		prepare => "$limits INSERT INTO migrate._requeue SELECT id, '{1}' FROM migrate._flow;" },
 	cutover      => { from => 'ready', to => 'cut_over', run => "SELECT migrate.cutover('m')" },
 	cutover_once => { from => 'ready', to => 'cut_over', run => "SELECT migrate.cutover('m')", once => 1 },
 	rollback     => { from => 'cut_over', to => 'ready', run => "SELECT migrate.rollback('m')" },
@@ -137,6 +146,10 @@ my @reached_in = (
 	[ qr/^cancel: / => qw(cancel) ],
 	[ qr/^swap: one step there/ => qw(swap_there) ],
 	[ qr/^swap: one step back/ => qw(swap_back) ],
+	[ qr/^route: / => qw(route) ],
+	[ qr/^watch: looked/ => qw(watch) ],
+	[ qr/^watch: rolled back/ => qw(watch_back) ],
+	[ qr/^watch: refused/ => qw(watch_refused) ],
 	[ qr/^switch: reverse/ => qw(cutover_once) ],
 	[ qr/^switch: / => qw(cutover rollback) ],
 	[ qr/^finalize: column/ => qw(columns) ],
