@@ -167,6 +167,34 @@ SET client_min_messages = warning;
 CALL worked('cancelled');
 SELECT migrate.drop('m');
 
+
+-- Names of every kind; a column that is not carried, and who fills it.
+CREATE TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ("i%d" serial CONSTRAINT "key ""of"" it" PRIMARY KEY, "v'1" text DEFAULT 'it''s %s' COLLATE "C", search text);
+CREATE TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßß_old" (taken int);
+CREATE TABLE "select" ("i%d" bigint PRIMARY KEY, "v'1" text COLLATE "C");
+CREATE STATISTICS "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßs" (ndistinct) ON "i%d", "v'1" FROM "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß";
+CREATE STATISTICS other_statistics (ndistinct) ON "i%d", "v'1" FROM "select";
+COMMENT ON TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" IS '{relation} %I';
+COMMENT ON COLUMN "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß"."v'1" IS 'c''est ça';
+CREATE FUNCTION fill() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.search := upper(NEW."v'1"); RETURN NEW; END $$;
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER "fill %s" BEFORE INSERT OR UPDATE ON "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" FOR EACH ROW EXECUTE FUNCTION fill();
+CREATE TRIGGER "fill %s" BEFORE INSERT ON "select" FOR EACH ROW EXECUTE FUNCTION nothing();
+CREATE TRIGGER "after ""it""" AFTER INSERT ON "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" FOR EACH ROW WHEN (NEW."v'1" <> '{relation} %s') EXECUTE FUNCTION nothing();
+INSERT INTO "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ("v'1") VALUES ('a'), ('b');
+SELECT migrate.define('m', 'ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß', '"select"', on_target_delete => 'delete');
+SELECT migrate.set('m', 'cutover', 'swap');
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
+SELECT migrate.start('m');
+CALL worked('ready');
+SELECT migrate.cutover('m');
+INSERT INTO "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" DEFAULT VALUES RETURNING *;
+SELECT obj_description('ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß'::regclass), col_description('ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß'::regclass, 2);
+SELECT migrate.rollback('m');
+SELECT * FROM "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ORDER BY 1;
+SELECT c.relname, i.relname, s.stxname FROM pg_index x JOIN pg_class c ON c.oid = x.indrelid JOIN pg_class i ON i.oid = x.indexrelid JOIN pg_statistic_ext s ON s.stxrelid = c.oid WHERE c.relnamespace = 'swap_test'::regnamespace ORDER BY 1;
+SELECT migrate.cancel('m');
+SELECT migrate.drop('m');
 DROP SCHEMA swap_test CASCADE;
 DROP SCHEMA swap_elsewhere;
 SELECT migrate.allow('regress_swap_owner', 'nothing') IS NOT NULL AS taken;

@@ -24,7 +24,7 @@ END $$;
 CREATE FUNCTION migrate._check_swap(m migrate._migration, caller regrole) RETURNS SETOF migrate._check
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    IF migrate._opt(m.id, 'cutover') = 'swap' AND m.phase NOT IN ('cut_over', 'finalized', 'cancelled') THEN
+    IF migrate._opt(m.id, 'cutover') = 'swap' AND m.phase NOT IN ('cut_over', 'finalized', 'cancelled') AND NOT EXISTS (SELECT FROM migrate._check_flows(m)) THEN
         RETURN QUERY SELECT 'swap', CASE s.kind WHEN 'refused' THEN 'error' ELSE 'info' END, s.says, CASE s.kind WHEN 'refused' THEN s.forward[1] ELSE '' END
                      FROM migrate._swap_steps(m, caller) s;
     END IF;
