@@ -135,7 +135,9 @@ SET client_min_messages = notice;
 SELECT migrate.define('m', 'orders', 'orders_big', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 SELECT migrate.set('m', 'accept_reverse_gaps', 'on');
+\pset format unaligned
 SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND message !~ 'bound|swap_filtered';
+\pset format aligned
 SELECT count(*) > 40 AS planned FROM regexp_split_to_table(migrate.plan('m'), E'\n- ') line WHERE line IN (SELECT p.message FROM migrate.preflight('m') p WHERE "check" = 'swap' AND severity = 'info');
 SELECT "check", message FROM migrate.preflight('m') WHERE "check" IN ('referencing_keys', 'dependents', 'sequences', 'grants', 'publication', 'defaults', 'row_security') AND severity <> 'ok';
 SELECT migrate.start('m');
@@ -150,6 +152,8 @@ SELECT * FROM catalog() EXCEPT TABLE compared;
 PREPARE by_name AS UPDATE orders SET amount = amount + 1 WHERE id = $1;
 EXECUTE by_name(1);
 EXECUTE by_name(2);
+PREPARE returns AS SELECT id FROM orders WHERE id = $1;
+EXECUTE returns(1);
 
 SELECT migrate.cutover('m');
 CALL worked('cut_over');
@@ -160,6 +164,8 @@ SELECT count(*) > 0 AS analyzed FROM pg_stats WHERE schemaname = 'swap_test' AND
 SELECT count(*) FROM pg_depend d WHERE d.classid = 'pg_proc'::regclass AND d.refobjid = 'orders_old'::regclass;
 -- The application goes on: as itself, by the name, by plans from before.
 TRUNCATE log;
+EXECUTE returns(1);  -- what preflight warns of
+DEALLOCATE returns;
 SET ROLE regress_swap_app;
 EXECUTE by_name(1);
 INSERT INTO orders (client, amount) VALUES (3, 5) RETURNING id, code, status, note, extra;

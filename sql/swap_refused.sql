@@ -76,7 +76,9 @@ ALTER TABLE a REPLICA IDENTITY USING INDEX a_nv;
 CREATE PUBLICATION swap_pub FOR TABLE a;
 SELECT migrate.define('m', 'a', 'b', 'id, v, w || '''' AS ww, n AS nn', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
+\pset format unaligned
 SELECT message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND severity = 'error';
+\pset format aligned
 SELECT migrate.start('m');
 \echo :LAST_ERROR_SQLSTATE
 SELECT count(*) FROM regexp_split_to_table(migrate.plan('m'), E'\n') line WHERE line LIKE '- **refused**: %';
@@ -144,7 +146,9 @@ SELECT migrate.add_flow('m', 'b', 'b_new', on_target_delete => 'delete');
 SELECT migrate.add_flow('m', 'p', 'p_new', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 SELECT migrate.add_view('m', 'b_view', flow => 'swap_test.b_new');
+\pset format unaligned
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
+\pset format aligned
 SELECT migrate.start('m');
 CALL worked('ready');
 CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql AS $$ SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'swap_test'::regnamespace ORDER BY 1 $$;
@@ -184,7 +188,9 @@ CREATE TRIGGER "after ""it""" AFTER INSERT ON "ßßßßßßßßßßßßßßßß�
 INSERT INTO "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ("v'1") VALUES ('a'), ('b');
 SELECT migrate.define('m', 'ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß', '"select"', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
+\pset format unaligned
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
+\pset format aligned
 SELECT migrate.start('m');
 CALL worked('ready');
 SELECT migrate.cutover('m');

@@ -25,7 +25,7 @@ CREATE FUNCTION migrate._check_swap(m migrate._migration, caller regrole) RETURN
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
     IF migrate._opt(m.id, 'cutover') = 'swap' AND m.phase NOT IN ('cut_over', 'finalized', 'cancelled') AND NOT EXISTS (SELECT FROM migrate._check_flows(m)) THEN
-        RETURN QUERY SELECT 'swap', CASE s.kind WHEN 'refused' THEN 'error' ELSE 'info' END, s.says, CASE s.kind WHEN 'refused' THEN s.forward[1] ELSE '' END
+        RETURN QUERY SELECT 'swap', CASE s.kind WHEN 'refused' THEN 'error' WHEN 'warning' THEN 'warning' ELSE 'info' END, s.says, CASE WHEN s.kind IN ('refused', 'warning') THEN s.forward[1] ELSE '' END
                      FROM migrate._swap_steps(m, caller) s;
     END IF;
 END $$;
@@ -46,7 +46,7 @@ BEGIN
         RETURN E'## What rollback puts back (cutover = swap)\n\n' || (SELECT string_agg('- ' || migrate._plan_cell(s.object), E'\n' ORDER BY s.ordinal) FROM migrate._swapped s WHERE s.migration = m.id AND s.inverse IS NOT NULL);
     END IF;
     RETURN (SELECT E'## What cutover moves (cutover = swap)\n\nIn this order, in one transaction; rollback does it the other way.\n\n'
-                   || coalesce(string_agg('- ' || CASE s.kind WHEN 'refused' THEN '**refused**: ' WHEN 'note' THEN 'not moved: ' ELSE '' END || migrate._plan_cell(s.says), E'\n' ORDER BY s.i), '')
+                   || coalesce(string_agg('- ' || CASE s.kind WHEN 'refused' THEN '**refused**: ' WHEN 'warning' THEN '**mind**: ' WHEN 'note' THEN 'not moved: ' ELSE '' END || migrate._plan_cell(s.says), E'\n' ORDER BY s.i), '')
             FROM migrate._swap_steps(m, caller) WITH ORDINALITY AS s(rank, kind, object, says, relation, role, forward, inverse, validates, i));
 END $$;
 
@@ -152,14 +152,14 @@ BEGIN
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
     INSERT INTO migrate._swapped
     SELECT m.id, x.i, (SELECT min(f.id) FROM migrate._flow f WHERE f.migration = m.id), x.kind, x.object, x.relation, x.role, x.inverse, x.validates
-    FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE x.kind NOT IN ('refused', 'note');
+    FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE migrate._swap_is_done(x.kind);
     FOREACH s IN ARRAY steps LOOP
-        CONTINUE WHEN s.kind IN ('refused', 'note');
+        CONTINUE WHEN NOT migrate._swap_is_done(s.kind);
         PERFORM migrate._swap_execute(s.relation, s.forward, s.role);
         -- @point swap: one step there
     END LOOP;
     PERFORM migrate._swap_validates(m);
-    RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE x.kind NOT IN ('refused', 'note'));
+    RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE migrate._swap_is_done(x.kind));
 END $$;
 
 -- The other way: the names first, then all the rest, last to first. What is gone meanwhile is not made again; a view or a function is
