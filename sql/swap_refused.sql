@@ -76,7 +76,9 @@ ALTER TABLE a REPLICA IDENTITY USING INDEX a_nv;
 CREATE PUBLICATION swap_pub FOR TABLE a;
 SELECT migrate.define('m', 'a', 'b', 'id, v, w || '''' AS ww, n AS nn', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
+\pset format unaligned
 SELECT message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND severity = 'error';
+\pset format aligned
 SELECT migrate.start('m');
 \echo :LAST_ERROR_SQLSTATE
 SELECT count(*) FROM regexp_split_to_table(migrate.plan('m'), E'\n') line WHERE line LIKE '- **refused**: %';
@@ -113,8 +115,13 @@ INSERT INTO a (v) VALUES ('new') RETURNING id;
 SET ROLE regress_swap_owner;
 SELECT migrate.rollback('m');
 \echo :LAST_ERROR_SQLSTATE
+SELECT migrate.rollback('m', skip => '{swap}');
+\echo :LAST_ERROR_SQLSTATE
 RESET ROLE;
+SET client_min_messages = notice;
+CREATE VIEW since AS SELECT id FROM a;
 SELECT migrate.rollback('m');
+SET client_min_messages = warning;
 SELECT pg_get_serial_sequence('a', 'id') AS source, pg_get_serial_sequence('b', 'id') AS target;
 SET client_min_messages = error;
 SELECT migrate.cancel('m');
@@ -138,7 +145,10 @@ SELECT migrate.define('m', 'a', 'a_new', on_target_delete => 'delete');
 SELECT migrate.add_flow('m', 'b', 'b_new', on_target_delete => 'delete');
 SELECT migrate.add_flow('m', 'p', 'p_new', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
+SELECT migrate.add_view('m', 'b_view', flow => 'swap_test.b_new');
+\pset format unaligned
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
+\pset format aligned
 SELECT migrate.start('m');
 CALL worked('ready');
 CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql AS $$ SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'swap_test'::regnamespace ORDER BY 1 $$;
@@ -148,9 +158,12 @@ INSERT INTO a VALUES (3);
 INSERT INTO b VALUES (3, 3);
 INSERT INTO p (id) VALUES (2) RETURNING tableoid::regclass, *;
 SELECT count(*) FROM b_old;
+INSERT INTO b_view VALUES (4, 3);
+SELECT * FROM b WHERE id = 4;
 SELECT migrate.rollback('m');
 SELECT regexp_replace(keys(), ' NOT VALID', '');
 SELECT * FROM b ORDER BY id;
+SELECT * FROM b_view WHERE id = 4;
 SELECT * FROM p ORDER BY id;
 SET client_min_messages = error;
 SELECT migrate.cancel('m');
@@ -158,6 +171,36 @@ SET client_min_messages = warning;
 CALL worked('cancelled');
 SELECT migrate.drop('m');
 
+
+-- Names of every kind; a column that is not carried, and who fills it.
+CREATE TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ("i%d" serial CONSTRAINT "key ""of"" it" PRIMARY KEY, "v'1" text DEFAULT 'it''s %s' COLLATE "C", search text);
+CREATE TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßß_old" (taken int);
+CREATE TABLE "select" ("i%d" bigint PRIMARY KEY, "v'1" text COLLATE "C");
+CREATE STATISTICS "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßs" (ndistinct) ON "i%d", "v'1" FROM "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß";
+CREATE STATISTICS other_statistics (ndistinct) ON "i%d", "v'1" FROM "select";
+COMMENT ON TABLE "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" IS '{relation} %I';
+COMMENT ON COLUMN "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß"."v'1" IS 'c''est ça';
+CREATE FUNCTION fill() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.search := upper(NEW."v'1"); RETURN NEW; END $$;
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER "fill %s" BEFORE INSERT OR UPDATE ON "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" FOR EACH ROW EXECUTE FUNCTION fill();
+CREATE TRIGGER "fill %s" BEFORE INSERT ON "select" FOR EACH ROW EXECUTE FUNCTION nothing();
+CREATE TRIGGER "after ""it""" AFTER INSERT ON "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" FOR EACH ROW WHEN (NEW."v'1" <> '{relation} %s') EXECUTE FUNCTION nothing();
+INSERT INTO "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ("v'1") VALUES ('a'), ('b');
+SELECT migrate.define('m', 'ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß', '"select"', on_target_delete => 'delete');
+SELECT migrate.set('m', 'cutover', 'swap');
+\pset format unaligned
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap';
+\pset format aligned
+SELECT migrate.start('m');
+CALL worked('ready');
+SELECT migrate.cutover('m');
+INSERT INTO "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" DEFAULT VALUES RETURNING *;
+SELECT obj_description('ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß'::regclass), col_description('ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß'::regclass, 2);
+SELECT migrate.rollback('m');
+SELECT * FROM "ßßßßßßßßßßßßßßßßßßßßßßßßßßßßßßß" ORDER BY 1;
+SELECT c.relname, i.relname, s.stxname FROM pg_index x JOIN pg_class c ON c.oid = x.indrelid JOIN pg_class i ON i.oid = x.indexrelid JOIN pg_statistic_ext s ON s.stxrelid = c.oid WHERE c.relnamespace = 'swap_test'::regnamespace ORDER BY 1;
+SELECT migrate.cancel('m');
+SELECT migrate.drop('m');
 DROP SCHEMA swap_test CASCADE;
 DROP SCHEMA swap_elsewhere;
 SELECT migrate.allow('regress_swap_owner', 'nothing') IS NOT NULL AS taken;

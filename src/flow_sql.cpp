@@ -159,13 +159,26 @@ char *dest_share(const Mapping *m) {
     return pstrdup(first ? "true" : sql.c_str());
 }
 
+namespace {
+bool is_integer(Oid type) {
+    return type == INT2OID || type == INT4OID || type == INT8OID;
+}
+
+// A key that dest's type does not hold is not in dest, and to look for it is no error: whole numbers of different
+// widths compare as they are, by an index too.
+bool compares_as_it_is(const KeyColumn &key) {
+    return key.origin_type == key.dest_type || (is_integer(key.origin_type) && is_integer(key.dest_type) &&
+                                                get_typlen(key.origin_type) > get_typlen(key.dest_type));
+}
+}  // namespace
+
 char *dest_key_in_params(const Mapping *m) {
     Sql sql, columns, arrays;
     for (int i = 0; i < m->nparams; i++) {
         const KeyColumn &key = m->key[m->params[i]];
         columns.comma(i == 0).add("d.").column(m->dest, key.dest);
         arrays.comma(i == 0).addf("$%d", i + 1);
-        if (key.origin_type != key.dest_type) arrays.add("::").type(key.dest_type).add("[]");
+        if (!compares_as_it_is(key)) arrays.add("::").type(key.dest_type).add("[]");
     }
     if (m->nparams == 1)
         sql.add(columns.c_str()).add(kEqual).add("ANY (").add(arrays.c_str()).add(")");

@@ -46,12 +46,11 @@ BEGIN
     END LOOP;
 END $$;
 
--- <relation>_migrate, shortened to 63 bytes, with a number where that is taken, by another relation or among `taken`.
-CREATE FUNCTION migrate._aside_name(relation regclass, suffix text DEFAULT '_migrate', taken text[] DEFAULT '{}') RETURNS text
+-- <stem><suffix>, shortened to 63 bytes, with a number where that is taken, by what has a name of that kind or among `taken`.
+CREATE FUNCTION migrate._free_name(namespace oid, stem text, suffix text, taken text[]) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
-    namespace oid := (SELECT relnamespace FROM pg_class WHERE oid = relation);
-    stem text := (SELECT relname FROM pg_class WHERE oid = relation);
+    whole text := stem;
     candidate text;
 BEGIN
     WHILE octet_length(stem) > 63 - octet_length(suffix || '99') LOOP
@@ -60,12 +59,16 @@ BEGIN
     FOR i IN 1 .. 99 LOOP
         candidate := stem || suffix || CASE i WHEN 1 THEN '' ELSE i::text END;
         IF candidate <> ALL (taken) AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = namespace AND c.relname = candidate)
-           AND NOT EXISTS (SELECT FROM pg_type t WHERE t.typnamespace = namespace AND t.typname = candidate) THEN
+           AND NOT EXISTS (SELECT FROM pg_type t WHERE t.typnamespace = namespace AND t.typname = candidate)
+           AND NOT EXISTS (SELECT FROM pg_statistic_ext s WHERE s.stxnamespace = namespace AND s.stxname = candidate) THEN
             RETURN candidate;
         END IF;
     END LOOP;
-    PERFORM migrate._raise('42P07', format('no free name for %s to step aside under', relation), format('%I to %I are taken.', stem || suffix, candidate));
+    PERFORM migrate._raise('42P07', format('no free name for "%s" to step aside under', whole), format('%I to %I are taken.', stem || suffix, candidate));
 END $$;
+
+CREATE FUNCTION migrate._aside_name(relation regclass, suffix text DEFAULT '_migrate', taken text[] DEFAULT '{}') RETURNS text
+LANGUAGE sql STABLE AS $$ SELECT migrate._free_name(c.relnamespace, c.relname, suffix, taken) FROM pg_class c WHERE c.oid = relation $$;
 
 CREATE FUNCTION migrate._require_create(role regrole, schema text) RETURNS void
 LANGUAGE plpgsql AS $$

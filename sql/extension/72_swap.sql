@@ -7,7 +7,7 @@
 
 CREATE TYPE migrate._swap_step AS (rank integer, kind text, object text, says text, relation oid, role regrole, forward text[], inverse text[], validates boolean);
 COMMENT ON TYPE migrate._swap_step IS
-    'kind: name, view, function, publication, key, step; note (it stays with the old table); refused (it cannot be carried: says why, forward has the hint). Between the pieces of forward and inverse comes the present name of relation';
+    'kind: name, view, function, publication, key, comment, step; note (it stays with the old table); warning; refused (it cannot be carried: says why, forward has the hint). Between the pieces of forward and inverse comes the present name of relation';
 
 -- One flow, as its two tables are before the switch. image: by the number of a source column that of the target column that is
 -- mapped from it bare; NULL where there is none.
@@ -22,6 +22,12 @@ LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(0, 'refused', object, object || ' ' || w
 -- It stays with the old table, and nobody's statement fails for that.
 CREATE FUNCTION migrate._swap_note(object text, why text) RETURNS migrate._swap_step
 LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(0, 'note', object, object || ' ' || why, NULL, NULL, NULL, NULL, false)::migrate._swap_step $$;
+
+CREATE FUNCTION migrate._swap_warning(object text, why text, hint text) RETURNS migrate._swap_step
+LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(0, 'warning', object, object || ' ' || why, NULL, NULL, ARRAY[hint], NULL, false)::migrate._swap_step $$;
+
+CREATE FUNCTION migrate._swap_is_done(kind text) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$ SELECT kind NOT IN ('note', 'warning', 'refused') $$;
 
 CREATE FUNCTION migrate._swap_pairs(m_id integer) RETURNS SETOF migrate._swap_pair
 LANGUAGE sql STABLE AS $$
@@ -130,4 +136,23 @@ BEGIN
     RETURN QUERY SELECT * FROM migrate._swap_functions(p);
     RETURN QUERY SELECT * FROM migrate._swap_publications(p);
     RETURN QUERY SELECT * FROM migrate._swap_dependents(p);
+    RETURN QUERY SELECT * FROM migrate._swap_prepared(p);
+END $$;
+
+-- Sessions that are there before and after know the columns by what they have prepared: that PostgreSQL itself does not let change.
+CREATE FUNCTION migrate._swap_prepared(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    differs text;
+BEGIN
+    SELECT string_agg(coalesce(a.attname, b.attname) || CASE WHEN a.attname IS NULL THEN ' is new' WHEN b.attname IS NULL THEN ' is not in the target'
+                          WHEN a.type <> b.type THEN format(' is %s, then %s', a.type, b.type) ELSE ' has another place' END, ', ' ORDER BY a.place, b.place) INTO differs
+    FROM (SELECT quote_ident(c.name) AS attname, c.type, row_number() OVER (ORDER BY c.attnum) AS place FROM migrate._columns_of(p.source) c) a
+    FULL JOIN (SELECT quote_ident(c.name) AS attname, c.type, row_number() OVER (ORDER BY c.attnum) AS place FROM migrate._columns_of(p.target) c) b ON b.attname = a.attname
+    WHERE (a.type, a.place) IS DISTINCT FROM (b.type, b.place);
+    IF differs IS NOT NULL THEN
+        RETURN NEXT migrate._swap_warning(format('what sessions have prepared on %s', p.source),
+            format('may fail after cutover ("cached plan must not change result type"), and PL/pgSQL that they have compiled goes by the old columns: %s', differs),
+            'Let sessions that read these columns by prepared statements, %ROWTYPE or %TYPE connect anew after cutover and rollback, or prepare again at SQLSTATE 0A000.');
+    END IF;
 END $$;

@@ -30,13 +30,15 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT format(CASE enabled WHEN 'O' THEN ' ENABLE TRIGGER %I' WHEN 'A' THEN ' ENABLE ALWAYS TRIGGER %I' WHEN 'R' THEN ' ENABLE REPLICA TRIGGER %I' ELSE ' DISABLE TRIGGER %I' END, trigger)
 $$;
 
--- The triggers of the source are made on the target, or enabled there where they wait disabled; and disabled on the old table, which
--- the carried-back writes would make them fire on once more.
+-- The triggers of the source are made on the target, or enabled there where they wait disabled; and disabled on the old table, where
+-- the carried-back writes would make them fire once more. Only one that may fill a column which nothing is carried back into stays.
 CREATE FUNCTION migrate._swap_triggers(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     g record;
     why text;
+    alone text := (SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM pg_attribute a WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+                   AND NOT EXISTS (SELECT FROM migrate._mapping w WHERE w.flow = p.flow AND w.direction = 'reverse' AND a.attnum = ANY (w.columns)));
 BEGIN
     FOR g IN SELECT x.*, migrate._swap_unlike(p, 'pg_trigger', x.oid, false) AS unlike, y.oid AS twin, y.tgenabled AS twin_enabled, format('trigger %I', x.tgname) AS object
              FROM pg_trigger x JOIN pg_proc f ON f.oid = x.tgfoid LEFT JOIN pg_trigger y ON y.tgrelid = p.target AND y.tgname = x.tgname
@@ -57,7 +59,9 @@ BEGIN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I of the new table fires as the source''s does', g.tgname), p.target, p.owner,
                 ARRAY['ALTER TABLE ', migrate._swap_enable(g.tgenabled, g.tgname)], CASE WHEN g.twin IS NOT NULL THEN ARRAY['ALTER TABLE ', migrate._swap_enable(g.twin_enabled, g.tgname)] END);
         END IF;
-        IF g.tgenabled <> 'D' THEN
+        IF g.tgenabled <> 'D' AND g.tgtype & 3 = 3 AND alone IS NOT NULL THEN  -- BEFORE … FOR EACH ROW
+            RETURN NEXT migrate._swap_note(format('trigger %I', g.tgname), format('of the old table goes on firing, for it may fill what is not carried back: column %s', alone));
+        ELSIF g.tgenabled <> 'D' THEN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I of the old table is disabled', g.tgname), p.source, p.owner,
                 ARRAY['ALTER TABLE ', migrate._swap_enable('D', g.tgname)], ARRAY['ALTER TABLE ', migrate._swap_enable(g.tgenabled, g.tgname)]);
         END IF;

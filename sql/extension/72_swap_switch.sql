@@ -24,8 +24,8 @@ END $$;
 CREATE FUNCTION migrate._check_swap(m migrate._migration, caller regrole) RETURNS SETOF migrate._check
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
-    IF migrate._opt(m.id, 'cutover') = 'swap' AND m.phase NOT IN ('cut_over', 'finalized', 'cancelled') THEN
-        RETURN QUERY SELECT 'swap', CASE s.kind WHEN 'refused' THEN 'error' ELSE 'info' END, s.says, CASE s.kind WHEN 'refused' THEN s.forward[1] ELSE '' END
+    IF migrate._opt(m.id, 'cutover') = 'swap' AND m.phase NOT IN ('cut_over', 'finalized', 'cancelled') AND NOT EXISTS (SELECT FROM migrate._check_flows(m)) THEN
+        RETURN QUERY SELECT 'swap', CASE s.kind WHEN 'refused' THEN 'error' WHEN 'warning' THEN 'warning' ELSE 'info' END, s.says, CASE WHEN s.kind IN ('refused', 'warning') THEN s.forward[1] ELSE '' END
                      FROM migrate._swap_steps(m, caller) s;
     END IF;
 END $$;
@@ -46,7 +46,7 @@ BEGIN
         RETURN E'## What rollback puts back (cutover = swap)\n\n' || (SELECT string_agg('- ' || migrate._plan_cell(s.object), E'\n' ORDER BY s.ordinal) FROM migrate._swapped s WHERE s.migration = m.id AND s.inverse IS NOT NULL);
     END IF;
     RETURN (SELECT E'## What cutover moves (cutover = swap)\n\nIn this order, in one transaction; rollback does it the other way.\n\n'
-                   || coalesce(string_agg('- ' || CASE s.kind WHEN 'refused' THEN '**refused**: ' WHEN 'note' THEN 'not moved: ' ELSE '' END || migrate._plan_cell(s.says), E'\n' ORDER BY s.i), '')
+                   || coalesce(string_agg('- ' || CASE s.kind WHEN 'refused' THEN '**refused**: ' WHEN 'warning' THEN '**mind**: ' WHEN 'note' THEN 'not moved: ' ELSE '' END || migrate._plan_cell(s.says), E'\n' ORDER BY s.i), '')
             FROM migrate._swap_steps(m, caller) WITH ORDINALITY AS s(rank, kind, object, says, relation, role, forward, inverse, validates, i));
 END $$;
 
@@ -56,14 +56,24 @@ BEGIN
     IF side = 'target' AND migrate._opt(m.id, 'cutover') = 'swap' AND NOT migrate._is_swapped(m.id) THEN
         SELECT string_agg(s.says, '; '), string_agg(s.forward[1], E'\n') INTO problem, hint FROM migrate._swap_steps(m, caller) s WHERE s.kind = 'refused';
     ELSIF side = 'source' THEN
-        SELECT string_agg(DISTINCT format('%s belongs to %s, of which %s is not a member', s.object, r.role, caller), '; '), min(format('GRANT %s TO %s;', r.role, caller)) INTO problem, hint
-        FROM migrate._swapped s, LATERAL (SELECT migrate._swapped_role(s) AS role) r WHERE s.migration = m.id AND NOT pg_has_role(caller, r.role, 'MEMBER');
+        SELECT f.problem, f.hint INTO problem, hint FROM migrate._swapped_foreign(m.id, caller) f;
     END IF;
 END $$;
 
+-- What of a swap the caller may not undo, for somebody else owns it.
+CREATE FUNCTION migrate._swapped_foreign(m_id integer, caller regrole, OUT problem text, OUT hint text)
+LANGUAGE sql STABLE AS $$
+    SELECT string_agg(DISTINCT format('%s belongs to %s, of which %s is not a member', s.object, r.role, caller), '; '), min(format('GRANT %s TO %s;', r.role, caller))
+    FROM migrate._swapped s, LATERAL (SELECT migrate._swapped_role(s) AS role) r WHERE s.migration = m_id AND NOT pg_has_role(caller, r.role, 'MEMBER')
+$$;
+
 -- Who is to undo it: the present owner, where there is one.
 CREATE FUNCTION migrate._swapped_role(s migrate._swapped) RETURNS regrole
-LANGUAGE sql STABLE AS $$ SELECT CASE WHEN s.kind = 'publication' THEN s.role ELSE coalesce(migrate._table_owner(s.relation), s.role) END $$;
+LANGUAGE sql STABLE AS $$
+    SELECT CASE s.kind WHEN 'publication' THEN s.role
+                       WHEN 'function' THEN coalesce((SELECT p.proowner::regrole FROM pg_proc p WHERE p.oid = to_regprocedure(s.object)), s.role)
+                       ELSE coalesce(migrate._table_owner(s.relation), s.role) END
+$$;
 
 -- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3).
 CREATE FUNCTION migrate._swap_locks(m_ids integer[]) RETURNS TABLE (rank integer, relation regclass, mode text)
@@ -142,32 +152,36 @@ BEGIN
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
     INSERT INTO migrate._swapped
     SELECT m.id, x.i, (SELECT min(f.id) FROM migrate._flow f WHERE f.migration = m.id), x.kind, x.object, x.relation, x.role, x.inverse, x.validates
-    FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE x.kind NOT IN ('refused', 'note');
+    FROM unnest(steps) WITH ORDINALITY AS x(rank, kind, object, says, relation, role, forward, inverse, validates, i) WHERE migrate._swap_is_done(x.kind);
     FOREACH s IN ARRAY steps LOOP
-        CONTINUE WHEN s.kind IN ('refused', 'note');
+        CONTINUE WHEN NOT migrate._swap_is_done(s.kind);
         PERFORM migrate._swap_execute(s.relation, s.forward, s.role);
         -- @point swap: one step there
     END LOOP;
     PERFORM migrate._swap_validates(m);
-    RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE x.kind NOT IN ('refused', 'note'));
+    RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE migrate._swap_is_done(x.kind));
 END $$;
 
 -- The other way: the names first, then all the rest, last to first. What is gone meanwhile is not made again; a view or a function is
 -- put back as it is now.
-CREATE FUNCTION migrate._swap_back(m migrate._migration) RETURNS text[]
+CREATE FUNCTION migrate._swap_back(m migrate._migration, caller regrole) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
     steps migrate._swapped[];
     s migrate._swapped;
     did text[] := '{}';
+    theirs record;
 BEGIN
-    UPDATE migrate._swapped x SET inverse = CASE WHEN x.kind = 'view' AND EXISTS (SELECT FROM pg_class c WHERE c.oid = x.relation) THEN migrate._swap_view_text(x.relation)
-                                                 WHEN x.kind = 'function' AND to_regprocedure(x.object) IS NOT NULL THEN ARRAY[pg_get_functiondef(to_regprocedure(x.object))] END
-    WHERE x.migration = m.id AND x.kind IN ('view', 'function');
+    SELECT * INTO theirs FROM migrate._swapped_foreign(m.id, caller);
+    IF theirs.problem IS NOT NULL THEN  -- (Skipping the gate gives nobody a right.)
+        PERFORM migrate._raise('42501', format('role %s may not undo the swap of migration "%s"', caller, m.name), theirs.problem, theirs.hint);
+    END IF;
+    UPDATE migrate._swapped x SET inverse = CASE x.kind WHEN 'view' THEN migrate._swap_view_text(x.relation) ELSE ARRAY[pg_get_functiondef(to_regprocedure(x.object))] END
+    WHERE x.migration = m.id AND (x.kind = 'view' AND EXISTS (SELECT FROM pg_class c WHERE c.oid = x.relation) OR x.kind = 'function' AND to_regprocedure(x.object) IS NOT NULL);
     steps := ARRAY(SELECT x FROM migrate._swapped x WHERE x.migration = m.id ORDER BY x.kind = 'name' DESC, x.kind = 'comment', x.ordinal DESC);
     FOREACH s IN ARRAY steps LOOP
         CONTINUE WHEN s.inverse IS NULL;
-        IF s.relation IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relation) THEN
+        IF s.relation IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relation) OR s.kind = 'function' AND to_regprocedure(s.object) IS NULL THEN
             did := did || format('%s is gone: nothing is put back', s.object);
             CONTINUE;
         END IF;
@@ -178,7 +192,23 @@ BEGIN
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
     PERFORM migrate._swap_validates(m);
     DELETE FROM migrate._swapped x WHERE x.migration = m.id;
+    PERFORM migrate._swap_notice(m);
     RETURN did;
+END $$;
+
+-- What came to the new table after the cutover does not know of the old one.
+CREATE FUNCTION migrate._swap_notice(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    x record;
+BEGIN
+    FOR x IN SELECT DISTINCT f.target, regexp_replace(pg_describe_object(d.classid, d.objid, 0), '^rule _RETURN on ', '') AS object FROM migrate._flow f JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = f.target
+             LEFT JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid LEFT JOIN pg_class c ON c.oid = r.ev_class
+             LEFT JOIN pg_constraint k ON d.classid = 'pg_constraint'::regclass AND k.oid = d.objid
+             WHERE f.migration = m.id AND (d.classid = 'pg_proc'::regclass OR k.confrelid = f.target AND k.conrelid <> f.target
+                   OR c.relnamespace <> 'migrate'::regnamespace AND c.oid NOT IN (SELECT v.view FROM migrate._view v)) ORDER BY 2 LOOP
+        RAISE NOTICE '% stays with table %', x.object, x.target USING DETAIL = 'It was not there when the table was swapped.';
+    END LOOP;
 END $$;
 
 -- Foreign keys that the swap has added NOT VALID, and that a worker is to validate.

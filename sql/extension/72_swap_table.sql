@@ -183,7 +183,7 @@ BEGIN
             CONTINUE;
         END IF;
         used := used || twin.oid;
-        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, left(s.stxname, 59) || '_old');
+        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, twin.stxname, s.stxname);
     END LOOP;
 END $$;

@@ -37,7 +37,7 @@ BEGIN
                        FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id AND p.direction = 'reverse');
         -- @point switch: reverse triggers created
     END IF;
-    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped, swap) ELSE migrate._swap_back(m) END;
+    did := did || CASE side WHEN 'target' THEN migrate._swap_there(m, caller, skipped, swap) ELSE migrate._swap_back(m, caller) END;
     -- @point switch: names swapped
     FOR v IN SELECT x.* FROM migrate._view x JOIN pg_class c ON c.oid = x.view WHERE x.migration = m_id ORDER BY x.view LOOP
         PERFORM migrate._replace_view(v, side, caller);
