@@ -80,8 +80,8 @@ END $$;
 -- What the worker has to do for the watch: watch, rollback, or nothing at the moment (wait); NULL: there is none.
 CREATE FUNCTION migrate._watch_is_due(m migrate._migration) RETURNS text
 LANGUAGE sql VOLATILE AS $$
-    SELECT CASE WHEN coalesce(w.looked_at < clock_timestamp() - interval '1 s', true) THEN 'watch'
-                WHEN w.why IS NOT NULL AND w.retry_at <= clock_timestamp() AND migrate._opt(m.id, 'on_limit') = 'rollback' THEN 'rollback'
+    SELECT CASE WHEN w.why IS NOT NULL AND w.retry_at <= clock_timestamp() AND migrate._opt(m.id, 'on_limit') = 'rollback' THEN 'rollback'
+                WHEN coalesce(w.looked_at < clock_timestamp() - interval '1 s', true) THEN 'watch'
                 ELSE 'wait' END
     FROM migrate._watch w WHERE w.migration = m.id
 $$;
@@ -175,13 +175,15 @@ LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
     w migrate._watch := (SELECT x FROM migrate._watch x WHERE x.migration = m_id);
+    caller regrole := coalesce((SELECT r.oid::regrole FROM pg_roles r WHERE r.oid = w.caller), m.owner);
     message text;
     detail text;
 BEGIN
-    IF w.migration IS NULL THEN
-        RETURN;  -- somebody has been quicker
+    m := migrate._lock(caller, m.name);
+    IF migrate._watch_is_due(m) IS DISTINCT FROM 'rollback' OR m.paused_since IS NOT NULL THEN
+        RETURN;  -- while the lock was waited for, somebody has rolled back, paused or ended the watch
     END IF;
-    PERFORM migrate._switch(coalesce((SELECT r.oid::regrole FROM pg_roles r WHERE r.oid = w.caller), m.owner), ARRAY[m.name], 'source', false, '{}');
+    PERFORM migrate._switch(caller, ARRAY[m.name], 'source', false, '{}');
     PERFORM migrate._event(m, NULL, 'watch', format('rolled back by itself: %s', w.why));
     -- @point watch: rolled back
 EXCEPTION WHEN OTHERS THEN
