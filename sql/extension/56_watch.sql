@@ -109,7 +109,7 @@ BEGIN
     IF w.latency_at IS NULL OR s.calls < w.calls OR s.ms < w.ms THEN
         w.calls := s.calls;
         w.ms := s.ms;
-    ELSIF s.calls >= w.calls + 100 THEN
+    ELSIF s.calls >= w.calls + 100 AND w.mean_before IS NOT NULL THEN
         w.latency := round(((s.ms - w.ms) / (s.calls - w.calls) / greatest(w.mean_before, 0.001))::numeric, 2);
     END IF;
     w.latency_at := clock_timestamp();
@@ -124,7 +124,7 @@ LANGUAGE sql VOLATILE AS $$
           FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.id > w.last_failure) c
     UNION ALL
     SELECT 'watch_abort_rate', r.rate, format('%s of %s transactions of the database', r.rate, t.transactions - w.transactions)
-    FROM migrate._transactions() t, LATERAL (SELECT trim_scale(round((t.aborts - w.aborts)::numeric / (t.transactions - w.transactions), 4)) AS rate) r
+    FROM migrate._transactions() t, LATERAL (SELECT trim_scale(round((t.aborts - w.aborts)::numeric / nullif(t.transactions - w.transactions, 0), 4)) AS rate) r
     WHERE t.transactions >= w.transactions + 100
     UNION ALL
     SELECT 'watch_latency', w.latency, format('statements take %s times as long as before', w.latency) WHERE w.latency IS NOT NULL
