@@ -61,6 +61,8 @@ INSERT INTO profile_read SELECT * FROM profile_read;
 \echo :LAST_ERROR_SQLSTATE
 SELECT migration, view, percent, predicate, by FROM migrate.routes;
 
+SELECT line FROM unnest(string_to_array(migrate.plan('m'), E'\n')) line WHERE line ~ '^\| .route.,';
+
 -- arguments
 SELECT migrate.route('m');
 \echo :LAST_ERROR_SQLSTATE

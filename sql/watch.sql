@@ -45,6 +45,7 @@ SELECT migrate.set('m', 'on_limit', 'panic');
 \echo :LAST_ERROR_SQLSTATE
 SELECT migrate.set('m', 'watch_abort_rate', '20 %');
 SELECT migrate.set('m', 'watch_time', '1 hour');
+SELECT line FROM unnest(string_to_array(migrate.plan('m'), E'\n')) line WHERE line ~ 'watch_failures';
 SELECT migrate.start('m');
 CALL until($$ (SELECT phase = 'ready' FROM migrate.migration WHERE name = 'm') $$);
 

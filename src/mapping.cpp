@@ -38,10 +38,13 @@ void explain_where(void *arg) {
         errcontext("predicate over \"%s\"", get_rel_name(request->origin));
 }
 
-[[noreturn]] void refuse_shape(const char *what, const char *text) {
-    ereport(ERROR,
-            (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s", what), errdetail("It is: %s", text),
-             errhint("Give expressions over the columns of one row, as in: id AS user_id, coalesce(bio, '') AS bio")));
+[[noreturn]] void refuse_shape(const Request *request, const char *what, const char *text) {
+    ereport(
+        ERROR,
+        (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("%s", what), errdetail("It is: %s", text),
+         OidIsValid(request->dest)
+             ? errhint("Give expressions over the columns of one row, as in: id AS user_id, coalesce(bio, '') AS bio")
+             : errhint("Give one condition over the view's columns, as in: tenant_id IN (1, 2)")));
     pg_unreachable();
 }
 
@@ -49,22 +52,22 @@ void explain_where(void *arg) {
 List *parse_select_list(Request *request, const char *text, const char *complaint) {
     request->parsing = psprintf("SELECT %s", text);
     List *statements = parse_sql(request->parsing);
-    if (list_length(statements) != 1) refuse_shape(complaint, text);
+    if (list_length(statements) != 1) refuse_shape(request, complaint, text);
     Node *node = ((RawStmt *)linitial(statements))->stmt;
-    if (!IsA(node, SelectStmt)) refuse_shape(complaint, text);
+    if (!IsA(node, SelectStmt)) refuse_shape(request, complaint, text);
     SelectStmt *select = (SelectStmt *)node;
     if (select->targetList == NIL || select->fromClause || select->whereClause || select->groupClause ||
         select->havingClause || select->windowClause || select->valuesLists || select->sortClause ||
         select->limitOffset || select->limitCount || select->lockingClause || select->withClause ||
         select->distinctClause || select->intoClause || select->op != SETOP_NONE)
-        refuse_shape(complaint, text);
+        refuse_shape(request, complaint, text);
     return select->targetList;
 }
 
 Node *parse_condition(Request *request, const char *text, const char *complaint) {
     List *list = parse_select_list(request, text, complaint);
     ResTarget *target = (ResTarget *)linitial(list);
-    if (list_length(list) != 1 || target->name != NULL) refuse_shape(complaint, text);
+    if (list_length(list) != 1 || target->name != NULL) refuse_shape(request, complaint, text);
     return target->val;
 }
 

@@ -324,6 +324,9 @@ BEGIN
             format('Migration "%s" is in phase %s and deletes have been carried back by the rule %s.', m.name, m.phase, coalesce(before, 'of its flows')));
     ELSIF d.name = 'watch_latency' AND after <> 'none' THEN
         PERFORM migrate._require_statements();
+        IF m.phase = 'cut_over' AND coalesce(before, 'none') = 'none' THEN
+            PERFORM migrate._raise('55000', format('option "watch_latency" of migration "%s" comes too late: it is cut over', m.name), 'There is nothing from before the switch to compare with.');
+        END IF;
     END IF;
 
     change := format('%s -> %s', migrate._option_show(d, coalesce(before, d.standard)), migrate._option_show(d, after));

@@ -115,6 +115,8 @@ LANGUAGE sql STABLE AS $$
              THEN format('| shadowing | %s of the keys are read from both sides for %s (shadow_rate, shadow_time) | ACCESS SHARE, 200 ms at a time |', migrate._opt(m.id, 'shadow_rate'), migrate._opt(m.id, 'shadow_time'))
              ELSE '| shadowing | passed over: shadow_rate is 0 | none |' END,
         '| ready | dual writes go on for as long as you like; nothing has changed for applications | none beyond those of the writes themselves |',
+        '| `route`, before cutover | reads of ' || (SELECT string_agg(format('view %s', migrate._plan_code(v.view::text)), ', ' ORDER BY v.view) FROM migrate._view v WHERE v.migration = m.id AND v.use = 'read')
+            || ' go to the target by and by, and back at once, as you say; writes stay where they are | ACCESS EXCLUSIVE on these views alone, tried as by cutover |',
         format('| `cutover` → cut_over | waits until no transaction is older than the last batch, checks the gates again under locks, turns the dual writes round, %s, advances sequences; one transaction | %s, for the milliseconds of the switch; at most %s ms of waiting an attempt, never queueing before readers for longer, tried again for up to %s |',
                concat_ws(', ', CASE WHEN migrate._opt(m.id, 'cutover') = 'swap' THEN 'gives each target its source''s name and all that hangs on it (below)' END,
                    'replaces ' || coalesce((SELECT string_agg(format('view %s', migrate._plan_code(v.view::text)), ', ' ORDER BY v.view) FROM migrate._view v WHERE v.migration = m.id),
@@ -122,6 +124,8 @@ LANGUAGE sql STABLE AS $$
                CASE WHEN migrate._opt(m.id, 'cutover') = 'swap' THEN 'ACCESS EXCLUSIVE on views, tables, tables that reference them, and sequences'
                     ELSE 'ACCESS EXCLUSIVE on views, then SHARE ROW EXCLUSIVE on the tables' END,
                migrate._opt_ms(m.id, 'lock_timeout'), migrate._plan_time(migrate._opt_ms(m.id, 'cutover_timeout') / 1000.0)),
+        CASE WHEN migrate._opt_ms(m.id, 'watch_time') > 0 THEN format('| cut_over, the first %s | a worker looks once a second whether a limit is passed (watch_failures, watch_abort_rate, watch_latency, max_shadow_mismatch_rate); then: %s (on_limit) | none; a rollback as below |',
+            migrate._opt(m.id, 'watch_time'), migrate._opt(m.id, 'on_limit')) END,
         '| `rollback` → ready | the same transaction the other way, at any time before finalize | as cutover |',
         format('| `finalize` | triggers are dropped; refused until %s after cutover (rollback_window) | ACCESS EXCLUSIVE on the tables, for a moment |', migrate._opt(m.id, 'rollback_window'))], E'\n')
 $$;

@@ -80,8 +80,8 @@ END $$;
 -- What the worker has to do for the watch: watch, rollback, or nothing at the moment (wait); NULL: there is none.
 CREATE FUNCTION migrate._watch_is_due(m migrate._migration) RETURNS text
 LANGUAGE sql VOLATILE AS $$
-    SELECT CASE WHEN coalesce(w.looked_at < clock_timestamp() - interval '1 s', true) THEN 'watch'
-                WHEN w.why IS NOT NULL AND w.retry_at <= clock_timestamp() AND migrate._opt(m.id, 'on_limit') = 'rollback' THEN 'rollback'
+    SELECT CASE WHEN w.why IS NOT NULL AND w.retry_at <= clock_timestamp() AND migrate._opt(m.id, 'on_limit') = 'rollback' THEN 'rollback'
+                WHEN coalesce(w.looked_at < clock_timestamp() - interval '1 s', true) THEN 'watch'
                 ELSE 'wait' END
     FROM migrate._watch w WHERE w.migration = m.id
 $$;
@@ -109,7 +109,7 @@ BEGIN
     IF w.latency_at IS NULL OR s.calls < w.calls OR s.ms < w.ms THEN
         w.calls := s.calls;
         w.ms := s.ms;
-    ELSIF s.calls >= w.calls + 100 THEN
+    ELSIF s.calls >= w.calls + 100 AND w.mean_before IS NOT NULL THEN
         w.latency := round(((s.ms - w.ms) / (s.calls - w.calls) / greatest(w.mean_before, 0.001))::numeric, 2);
     END IF;
     w.latency_at := clock_timestamp();
@@ -124,7 +124,7 @@ LANGUAGE sql VOLATILE AS $$
           FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.id > w.last_failure) c
     UNION ALL
     SELECT 'watch_abort_rate', r.rate, format('%s of %s transactions of the database', r.rate, t.transactions - w.transactions)
-    FROM migrate._transactions() t, LATERAL (SELECT trim_scale(round((t.aborts - w.aborts)::numeric / (t.transactions - w.transactions), 4)) AS rate) r
+    FROM migrate._transactions() t, LATERAL (SELECT trim_scale(round((t.aborts - w.aborts)::numeric / nullif(t.transactions - w.transactions, 0), 4)) AS rate) r
     WHERE t.transactions >= w.transactions + 100
     UNION ALL
     SELECT 'watch_latency', w.latency, format('statements take %s times as long as before', w.latency) WHERE w.latency IS NOT NULL
@@ -175,13 +175,15 @@ LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
     w migrate._watch := (SELECT x FROM migrate._watch x WHERE x.migration = m_id);
+    caller regrole := coalesce((SELECT r.oid::regrole FROM pg_roles r WHERE r.oid = w.caller), m.owner);
     message text;
     detail text;
 BEGIN
-    IF w.migration IS NULL THEN
-        RETURN;  -- somebody has been quicker
+    m := migrate._lock(caller, m.name);
+    IF migrate._watch_is_due(m) IS DISTINCT FROM 'rollback' OR m.paused_since IS NOT NULL THEN
+        RETURN;  -- while the lock was waited for, somebody has rolled back, paused or ended the watch
     END IF;
-    PERFORM migrate._switch(coalesce((SELECT r.oid::regrole FROM pg_roles r WHERE r.oid = w.caller), m.owner), ARRAY[m.name], 'source', false, '{}');
+    PERFORM migrate._switch(caller, ARRAY[m.name], 'source', false, '{}');
     PERFORM migrate._event(m, NULL, 'watch', format('rolled back by itself: %s', w.why));
     -- @point watch: rolled back
 EXCEPTION WHEN OTHERS THEN

@@ -169,6 +169,20 @@ sub switch_to
 	return 0;
 }
 
+# Reads go to the target, in steps there and back.
+sub route
+{
+	my ($self) = @_;
+	for (1 .. 1 + int rand 4)
+	{
+		return if time() > $self->{until} || $self->failed;
+		$self->verb("route('$self->{migration}', " . (rand() < 0.3 ? "predicate => 'n % 3 = 1'" : 'percent => ' . (0, 1, 30, 60, 100)[ int rand 5 ]) . ')');
+		sleep rand 0.7;
+		$self->disturb if rand() < 0.1;
+	}
+	return;
+}
+
 # One migration from its definition to its cancellation.
 sub migrate
 {
@@ -185,6 +199,7 @@ sub migrate
 	$self->move_on;
 	$self->switch_to("start('$m')", 'dual_writing|backfilling|validating|shadowing|ready');
 	return unless $self->reach('ready', 1);
+	$self->route;
 	$self->flag('switching', 1);
 	return unless $self->switch_to("cutover('$m')", 'cut_over');
 	for (1 .. 1 + int rand 5)
@@ -195,6 +210,7 @@ sub migrate
 		$self->disturb if rand() < 0.3;
 		return unless $self->switch_to("rollback('$m'$skip)", 'ready');
 		sleep rand 1;
+		$self->route if rand() < 0.7;
 		$self->disturb if rand() < 0.2;
 		return unless $self->switch_to("cutover('$m')", 'cut_over');
 	}

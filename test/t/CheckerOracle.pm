@@ -102,6 +102,7 @@ sub queries
 	{
 		$query{'rows that differ'} = $class->differing($schema, $flow, $phase);
 		$query{'rows that only the target has'} = $class->ghosts($schema, $flow);
+		$query{'what the view for reading shows'} = $class->misread($schema, $flow);
 	}
 	return \%query;
 }
@@ -139,6 +140,20 @@ SQL
 	return <<"SQL";
 SELECT $s AS source, CASE WHEN t.$target_key IS NOT NULL THEN $t END AS target FROM s LEFT JOIN t ON $join
 WHERE $s IS DISTINCT FROM $t AND NOT (t.$target_key IS NULL AND ($ahead)) AND NOT $failed
+SQL
+}
+
+# Wherever its reads are routed to, the view for reading shows the rows of the source.
+sub misread
+{
+	my ($class, $schema, $flow) = @_;
+	my ($s, $x) = map { 'ROW(' . $schema->shape($_->[0], $_->[1]) . ')' } [ 's', 's' ], [ 't', 'x' ];
+	my ($of_s, $of_x) = map { 'coalesce(' . $class->has_failed($schema, $flow, @$_) . ', false)' } [ 's', 's' ], [ 't', 'x' ];
+	my ($source_key, $target_key) = ($schema->{source_key}[0], $schema->{target_key}[0]);
+	my $join = '(' . $schema->columns('s') . ') = (' . $schema->columns('t') . ')';
+	return <<"SQL";
+SELECT CASE WHEN s.$source_key IS NOT NULL THEN $s END AS source, CASE WHEN x.$target_key IS NOT NULL THEN $x END AS shown FROM s FULL JOIN shown_read x ON $join
+WHERE (s.$source_key IS NULL OR x.$target_key IS NULL OR $s IS DISTINCT FROM $x) AND NOT $of_s AND NOT $of_x
 SQL
 }
 

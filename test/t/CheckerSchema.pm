@@ -151,6 +151,7 @@ sub define_sql
 	return <<"SQL";
 SELECT migrate.define('$name', source => 's', target => 't', mapping => '$mapping', $reverse on_target_delete => 'delete');
 SELECT migrate.add_view('$name', view => 'shown');
+SELECT migrate.add_view('$name', view => 'shown_read', use => 'read');
 SELECT migrate.set('$name', 'lock_timeout', '500 ms'), migrate.set('$name', 'cutover_timeout', '20 s'), migrate.set('$name', 'batch_time', '1 ms'),
     migrate.set('$name', 'workers', '$self->{workers}'), migrate.set('$name', 'dual_write', '$mode');
 GRANT SELECT, INSERT, UPDATE, DELETE ON shown TO app;

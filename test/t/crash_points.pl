@@ -105,7 +105,7 @@ my %situation = (
 	route        => { from => 'ready', prepare => "SELECT migrate.route('m', percent => 0);", run => "SELECT migrate.route('m', percent => 50)" },
 	watch        => { from => 'cut_over', by => 'worker', run => "SELECT migrate.set('m', 'watch_time', '1 hour')", undo => "SELECT migrate.set('m', 'watch_time', '0')" },
 	watch_back   => { from => 'cut_over', to => 'watched', by => 'worker', prepare => $limits, run => $passed, undo => "CALL settle('ready', 15000); $unwatch" },
-	watch_refused => { from => 'cut_over', by => 'worker', run => $passed, undo => "DELETE FROM migrate._requeue; $unwatch",
+	watch_refused => { from => 'cut_over', by => 'worker', run => $passed, undo => "$unwatch DELETE FROM migrate._requeue",
 		prepare => "$limits INSERT INTO migrate._requeue SELECT id, '{1}' FROM migrate._flow;" },
 	cutover      => { from => 'ready', to => 'cut_over', run => "SELECT migrate.cutover('m')" },
 	cutover_once => { from => 'ready', to => 'cut_over', run => "SELECT migrate.cutover('m')", once => 1 },

@@ -94,5 +94,32 @@ subtest 'a long transaction is in the way' => sub {
 	$old->quit;
 };
 
+subtest 'row-level security' => sub {
+	plan skip_all => 'before PostgreSQL 15 such a view is refused' if server_major() < 15;
+	$node->safe_psql('postgres', <<'SQL');
+CREATE ROLE anna LOGIN;
+CREATE TABLE note (id int PRIMARY KEY, whose text NOT NULL);
+CREATE TABLE memo (id int PRIMARY KEY, whose text NOT NULL);
+INSERT INTO note SELECT i, CASE WHEN i % 4 = 0 THEN 'anna' ELSE 'bert' END FROM generate_series(1, 1000) i;
+ALTER TABLE note ENABLE ROW LEVEL SECURITY;
+ALTER TABLE memo ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own ON note USING (whose = current_user);
+CREATE POLICY own ON memo USING (whose = current_user);
+GRANT SELECT ON note, memo TO anna;
+SELECT migrate.define('notes', 'note', 'memo', on_target_delete => 'delete');
+SELECT migrate.add_view('notes', 'memo_read', use => 'read');
+SELECT migrate.start('notes');
+SQL
+	wait_phase($node, 'ready', 'notes');
+	for my $step ('percent => 0', 'percent => 50', "predicate => 'id < 300'", 'percent => 100')
+	{
+		$node->safe_psql('postgres', "SELECT migrate.route('notes', $step)");
+		is($node->safe_psql('postgres', 'SELECT count(*), count(DISTINCT id), min(whose), max(whose) FROM memo_read', extra_params => [ '-U', 'anna' ]),
+			'250|250|anna|anna', "she reads her own rows, $step");
+	}
+	$node->safe_psql('postgres', "SELECT migrate.route('notes', percent => 0); REVOKE SELECT ON memo FROM anna");
+	like(error_of($node, "SELECT migrate.route('notes', percent => 1)"), qr/55000.*gate views.*role anna lacks SELECT on (public\.)?memo/s, 'who could not read the target is not sent there');
+};
+
 $node->stop;
 done_testing();

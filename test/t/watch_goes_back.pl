@@ -98,6 +98,20 @@ SQL
 my (undef, $failed) = stop_app($app);
 is($failed, 0, 'the application has no failed transaction');
 
+subtest 'nothing to compare with' => sub {
+	set_option('watch_latency', '1');
+	$node->safe_psql('postgres', 'SELECT pg_stat_statements_reset()');
+	cut_over();
+	$node->safe_psql('postgres', 'SELECT count(*) FROM profile WHERE user_id = 1;' x 300);
+	my $looked = $node->safe_psql('postgres', 'SELECT latency_at FROM migrate._watch');
+	wait_for($node, 'the statements are looked at', "SELECT latency_at > '$looked' FROM migrate._watch");
+	is($node->safe_psql('postgres', 'SELECT mean_before IS NULL AND latency IS NULL FROM migrate._watch'), 't', 'says nothing');
+	is(serves(), 'target', 'and nothing is done');
+	set_option('watch_latency', 'none');
+	like(error_of($node, "SELECT migrate.set('users_to_profiles', 'watch_latency', '2')"), qr/55000.*comes too late/, 'nor can it be asked for then');
+	is(error_of($node, "SELECT migrate.rollback('users_to_profiles')"), '', 'back by hand');
+};
+
 # Who holds the view is waited for; the watch outlasts a crash and a restart of the server, though its counters do not.
 subtest 'a restart in between' => sub {
 	set_option('cutover_timeout', '300 ms');
