@@ -2,7 +2,7 @@
 // be copied in bulk), retries and repair (keys). Protocol P1: source rows are locked FOR SHARE SKIP LOCKED, so nobody
 // changes them until the batch commits and the application never waits for us longer than a batch; what was skipped is
 // given back.
-#include "bulk_copy.hpp"
+#include "backfill.hpp"
 #include "debug_point.hpp"
 #include "flow.hpp"
 #include "flow_lock.hpp"
@@ -17,8 +17,6 @@ MIGRATE_FUNCTION(migrate_apply_range)
 namespace migrate {
 namespace {
 
-constexpr int kBackground = SECURITY_RESTRICTED_OPERATION;
-
 void raise_no_mapping(int32 flow, bool reverse) {
     ereport(ERROR, (errcode(ERRCODE_UNDEFINED_OBJECT),
                     errmsg("flow %d has no %s mapping", flow, reverse ? "reverse" : "forward")));
@@ -28,18 +26,6 @@ Mapping *require_mapping(int32 flow, bool reverse) {
     Mapping *m = load_mapping(flow, reverse, Lifetime::kCall);
     if (m == NULL) raise_no_mapping(flow, reverse);
     return m;
-}
-
-// The forward mapping, kept from batch to batch, with the locks that a batch takes on its two tables: what the mapping
-// says of them then holds until the end of the transaction.
-Mapping *locked_mapping(int32 flow) {
-    CacheEntry *entry = find_entry(flow, false);
-    if (entry == NULL) raise_no_mapping(flow, false);
-    LockRelationOid(entry->mapping->origin, AccessShareLock);
-    LockRelationOid(entry->mapping->dest, RowExclusiveLock);
-    if (entry->stale) entry = find_entry(flow, false);  // somebody had just changed one of them
-    if (entry == NULL) raise_no_mapping(flow, false);
-    return entry->mapping;
 }
 
 // A row of the view as the text[] of its key
@@ -167,9 +153,8 @@ void from_not_locked(Sql &sql, const Mapping *m, const char *condition) {
 
 // WITH locked AS …, copied AS (INSERT INTO dest … SELECT … FROM locked v … RETURNING 1)
 // SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied),
-//        (SELECT array_agg(v.key) FROM view v WHERE <range> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
-char *copy_sql(const Mapping *m, const Range &range) {
-    const char *condition = in_range(m, range);
+//        (SELECT array_agg(v.key) FROM view v WHERE <condition> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
+char *copy_sql(const Mapping *m, const char *condition) {
     Sql sql;
     locked_rows(sql, m, condition, !is_mutant(mutant::no_row_lock));
     insert_from(sql.add(", copied AS ("), m, "locked", "true");
@@ -180,12 +165,7 @@ char *copy_sql(const Mapping *m, const Range &range) {
     return pstrdup(sql.c_str());
 }
 
-// A batch by SQL: first the key that ends it, then one statement.
-void copy_by_query(const Mapping *m, Batch *batch, MemoryContext result) {
-    Range range = whole_range(*batch);
-    if (narrow_to(m, &range, batch->max_rows, batch->max_bytes, result)) batch->reached = range.bounds[1];
-    DEBUG_POINT("batch: bound known");
-    run_sql(copy_sql(m, range), 2, kRangeTypes, range.bounds, range.nulls);
+void read_answer(Batch *batch, MemoryContext result) {
     bool isnull;
     HeapTuple row = SPI_tuptable->vals[0];
     batch->rows_done = DatumGetInt64(SPI_getbinval(row, SPI_tuptable->tupdesc, 1, &isnull));
@@ -194,6 +174,15 @@ void copy_by_query(const Mapping *m, Batch *batch, MemoryContext result) {
     MemoryContext old = MemoryContextSwitchTo(result);
     batch->skipped = isnull ? (Datum)0 : datumCopy(skipped, false, -1);
     MemoryContextSwitchTo(old);
+}
+
+// A batch by SQL: first the key that ends it, then one statement.
+void copy_by_query(const Mapping *m, Batch *batch, MemoryContext result) {
+    Range range = whole_range(*batch);
+    if (narrow_to(m, &range, batch->max_rows, batch->max_bytes, result)) batch->reached = range.bounds[1];
+    DEBUG_POINT("batch: bound known");
+    run_sql(copy_sql(m, in_range(m, range)), 2, kRangeTypes, range.bounds, range.nulls);
+    read_answer(batch, result);
 }
 
 // The typed key arrays out of a list of keys as 2-D text[].
@@ -300,6 +289,33 @@ Datum one_key(ArrayType *keys, int index, int width, Datum *elements, bool *null
 }
 
 }  // namespace
+
+// The forward mapping, kept from batch to batch, with the locks that a batch takes on its two tables: what the mapping
+// says of them then holds until the end of the transaction.
+Mapping *locked_mapping(int32 flow) {
+    CacheEntry *entry = find_entry(flow, false);
+    if (entry == NULL) raise_no_mapping(flow, false);
+    LockRelationOid(entry->mapping->origin, AccessShareLock);
+    LockRelationOid(entry->mapping->dest, RowExclusiveLock);
+    if (entry->stale) entry = find_entry(flow, false);  // somebody had just changed one of them
+    if (entry == NULL) raise_no_mapping(flow, false);
+    return entry->mapping;
+}
+
+void end_batch(Batch *batch) {
+    if (is_mutant(mutant::no_requeue)) batch->skipped = (Datum)0;
+    DEBUG_POINT("batch: rows written");
+}
+
+void copy_keys_by_query(const Mapping *m, Datum keys, Batch *batch, MemoryContext result) {
+    KeyArrays arrays = typed_arrays(m, keys);
+    if (arrays == NULL) return;
+    Oid types[INDEX_MAX_KEYS];
+    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    run_sql(copy_sql(m, view_key_in_params(m)), m->nparams, types, arrays);
+    read_answer(batch, result);
+}
+
 }  // namespace migrate
 
 using namespace migrate;
@@ -326,8 +342,7 @@ Datum migrate_apply_range(PG_FUNCTION_ARGS) {
         as_dest_owner(m, kBackground, [&] {
             pin_output_settings();
             if (!bulk_copy(m, &batch, result)) copy_by_query(m, &batch, result);
-            if (is_mutant(mutant::no_requeue)) batch.skipped = (Datum)0;
-            DEBUG_POINT("batch: rows written");
+            end_batch(&batch);
         });
     });
     Datum values[4] = {Int64GetDatum(batch.rows_done), Int64GetDatum(batch.rows_written), batch.reached, batch.skipped};

@@ -4,6 +4,7 @@
 #include "direct_path.hpp"
 #include "flow_lock.hpp"
 #include "key_scan.hpp"
+#include "place_scan.hpp"
 
 MIGRATE_FUNCTION(migrate_no_bulk_copy)
 
@@ -17,6 +18,8 @@ struct Copy {
     const Mapping *mapping;
     Relation origin, dest, index;
     Snapshot snapshot;
+    IndexScanDesc by_key;  // NULL: by_place
+    PlaceScan by_place;
     Slice slice;
     TupleTableSlot *row, *skipped_row;  // of origin
     MemoryContext result;
@@ -87,14 +90,29 @@ bool flush_slice(Copy *c) {
     return conflicts * 2 > rows;
 }
 
-IndexScanDesc begin_scan(const Copy &c, const Batch &batch) {
+void begin_scan(Copy *c, const Batch &batch) {
+    if (batch.by_place) {
+        begin_place_scan(&c->by_place, c->origin, c->snapshot, batch.low, batch.high);
+        return;
+    }
     ScanKeyData bounds[2];
     int n = 0;
-    if (batch.low) compare_row(&bounds[n++], c.mapping, c.index, BTGreaterStrategyNumber, batch.low);
-    if (batch.high) compare_row(&bounds[n++], c.mapping, c.index, BTLessEqualStrategyNumber, batch.high);
-    IndexScanDesc scan = begin_index_scan(c.origin, c.index, c.snapshot, n);
-    index_rescan(scan, bounds, n, NULL, 0);
-    return scan;
+    if (batch.low) compare_row(&bounds[n++], c->mapping, c->index, BTGreaterStrategyNumber, batch.low);
+    if (batch.high) compare_row(&bounds[n++], c->mapping, c->index, BTLessEqualStrategyNumber, batch.high);
+    c->by_key = begin_index_scan(c->origin, c->index, c->snapshot, n);
+    index_rescan(c->by_key, bounds, n, NULL, 0);
+}
+
+bool next_row(Copy *c) {
+    return c->by_key ? index_getnext_slot(c->by_key, ForwardScanDirection, c->row)
+                     : next_in_place(&c->by_place, c->row);
+}
+
+void end_scan(Copy *c) {
+    if (c->by_key)
+        index_endscan(c->by_key);
+    else
+        end_place_scan(&c->by_place);
 }
 
 bool is_full(const Copy &c, const Batch &batch) {
@@ -105,8 +123,12 @@ bool is_full(const Copy &c, const Batch &batch) {
 void set_reached(const Copy &c, Batch *batch) {
     Datum texts[INDEX_MAX_KEYS];
     MemoryContext old = MemoryContextSwitchTo(c.result);
-    key_texts(c.mapping, c.row, texts);
-    batch->reached = PointerGetDatum(construct_array(texts, c.mapping->nparams, TEXTOID, -1, false, TYPALIGN_INT));
+    if (batch->by_place) {
+        batch->reached = place_texts(&c.row->tts_tid);
+    } else {
+        key_texts(c.mapping, c.row, texts);
+        batch->reached = PointerGetDatum(construct_array(texts, c.mapping->nparams, TEXTOID, -1, false, TYPALIGN_INT));
+    }
     MemoryContextSwitchTo(old);
 }
 
@@ -114,9 +136,9 @@ void set_reached(const Copy &c, Batch *batch) {
 // there. False where that is its first slice: such rows are for a query, which writes only what differs.
 bool copy_rows(Copy *c, Batch *batch) {
     Slice *s = &c->slice;
-    IndexScanDesc scan = begin_scan(*c, *batch);
+    begin_scan(c, *batch);
     bool first = true, ended = false, there_already = false;
-    while (!ended && index_getnext_slot(scan, ForwardScanDirection, c->row)) {
+    while (!ended && next_row(c)) {
         CHECK_FOR_INTERRUPTS();
         if (!take_row(s, c->row)) continue;
         c->total++;
@@ -130,7 +152,7 @@ bool copy_rows(Copy *c, Batch *batch) {
         }
         if (ended) set_reached(*c, batch);
     }
-    index_endscan(scan);
+    end_scan(c);
     if (there_already && first) return false;
     (void)flush_slice(c);
     return true;

@@ -20,11 +20,12 @@ namespace migrate {
 
 // What a batch is to do, and what it did.
 struct Batch {
-    Datum low, high;  // text[]; 0: open
+    bool by_place;    // in the order of place, not of the key
+    Datum low, high;  // text[], a key or a place; 0: open
     int max_rows;
     int64 max_bytes;  // 0: no limit
     int64 rows_done, rows_written;
-    Datum reached;  // text[]: the key of the last row, 0: the range is exhausted
+    Datum reached;  // text[]: the key, or the place, of the last row, 0: the range is exhausted
     Datum skipped;  // text[], a list of keys (2-D), 0: none
 };
 

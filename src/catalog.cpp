@@ -141,14 +141,23 @@ void read_shared(Mapping *m) {
     for (int i = 0; i < list_length(positions); i++) m->shared_key[i] = (AttrNumber)list_nth_int(positions, i);
 }
 
+// planned: the dual writes are just being turned on.
+bool is_before_the_end_of_backfill(const Row &migration) {
+    return migration.says("phase", "planned") || migration.says("phase", "dual_writing") ||
+           migration.says("phase", "backfilling");
+}
+
 void read_migration(Mapping *m) {
     for_each_row("_flow", [&](const Row &row) {
         if (row.number("id") != m->flow) return;
         m->migration = row.number("migration");
         m->carry_delete = !m->reverse || row.says("on_target_delete", "delete");
+        m->copied_by_place = !m->reverse && row.flag("by_place");
     });
     for_each_row("_migration", [&](const Row &row) {
-        if (row.number("id") == m->migration) m->both_directions = row.flag("both_directions");
+        if (row.number("id") != m->migration) return;
+        m->both_directions = row.flag("both_directions");
+        if (!is_before_the_end_of_backfill(row)) m->copied_by_place = false;
     });
     m->on_failure = is_strict(m->migration) ? OnFailure::kRaise : OnFailure::kRecord;
     if (!m->reverse) read_shared(m);

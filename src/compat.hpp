@@ -150,6 +150,15 @@ inline bool may_use_schema(Oid schema, Oid role) {
 #endif
 }
 
+// The number of the relation's file; another one once it has been written anew.
+inline Oid file_of(Relation relation) {
+#if PG_VERSION_NUM >= 160000
+    return relation->rd_locator.relNumber;
+#else
+    return relation->rd_node.relNode;
+#endif
+}
+
 // Whether no row has NULL in the column; since PostgreSQL 18 NOT NULL may be in force for new rows only.
 inline bool never_null(TupleDesc desc, int column) {
 #if PG_VERSION_NUM >= 180000

@@ -144,6 +144,11 @@ bool unchanged(const Mapping *m, Relation relation, TupleTableSlot *before, Tupl
     return true;
 }
 
+// Not where the row's place matters, too: place_scan.hpp.
+bool may_pass_over(const Mapping *m) {
+    return !m->copied_by_place || is_mutant(mutant::skip_by_place);
+}
+
 bool same_key(const Mapping *m, Relation relation, TupleTableSlot *before, TupleTableSlot *after) {
     for (int i = 0; i < m->nparams; i++)
         if (!same_value(before, after, local_attnum(m, relation, m->key[m->params[i]].origin))) return false;
@@ -191,7 +196,7 @@ void note_event(CacheEntry *entry, TriggerData *data) {
         at_once = m->delete_at_once;
     } else {
         TupleTableSlot *after = data->tg_newslot;
-        if (unchanged(m, relation, row, after)) return;
+        if (may_pass_over(m) && unchanged(m, relation, row, after)) return;
         const bool moved = !same_key(m, relation, row, after);
         if (moved || m->filtered) {
             touch_old_key(entry, relation, row);

@@ -79,6 +79,8 @@ CREATE TABLE migrate._flow (
     reverse_gaps text[] NOT NULL DEFAULT '{}',
     fingerprint text,
     empty_at_start boolean NOT NULL DEFAULT false,
+    by_place boolean NOT NULL DEFAULT false,
+    copied_file oid,
     UNIQUE (migration, name)
 );
 COMMENT ON TABLE migrate._flow IS 'one source to one target; the texts are what the user gave, kept to recognize the same definition again: what runs is the view of _mapping';
@@ -86,6 +88,8 @@ COMMENT ON COLUMN migrate._flow.not_carried IS 'source columns that no target co
 COMMENT ON COLUMN migrate._flow.reverse_gaps IS 'why writes to the target cannot (wholly) be carried back, one sentence each';
 COMMENT ON COLUMN migrate._flow.fingerprint IS '_fingerprint() as it was when the dual writes were last known to be without a gap';
 COMMENT ON COLUMN migrate._flow.empty_at_start IS 'the target had no row at all when the migration was started';
+COMMENT ON COLUMN migrate._flow.by_place IS 'the backfill reads the source in the order of place: chosen by start, and until the backfill has ended every UPDATE is carried over';
+COMMENT ON COLUMN migrate._flow.copied_file IS 'by_place: the file of the source (pg_relation_filenode) that its ranges are of; NULL: its places are not to be relied on';
 
 -- A flow has a mapping in the direction 'forward' (origin = source, dest = target) and, where one can be had, in the direction
 -- 'reverse' (origin = target, dest = source). The primitive of src/flow.cpp knows nothing but this row.
@@ -191,8 +195,8 @@ CREATE TABLE migrate._range (
     not_before timestamptz,
     PRIMARY KEY (flow, ordinal)
 );
-COMMENT ON TABLE migrate._range IS 'the backfill''s ledger: key ranges (low, high], which together cover the source''s key space without a gap';
-COMMENT ON COLUMN migrate._range.checkpoint IS 'every key of the range up to and including this one is copied, re-queued or in _failure';
+COMMENT ON TABLE migrate._range IS 'the backfill''s ledger: key ranges (low, high], which together cover the source''s key space without a gap; where the flow is by_place, ranges of places, ''{"(block,offset)"}'', which cover what the table had when they were made';
+COMMENT ON COLUMN migrate._range.checkpoint IS 'every key (or place) of the range up to and including this one is copied, re-queued or in _failure';
 COMMENT ON COLUMN migrate._range.row_limit IS 'a failed batch is being halved: the next batch takes at most so many rows';
 
 CREATE TABLE migrate._requeue (

@@ -11,6 +11,16 @@ LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_apply_range';
 COMMENT ON FUNCTION migrate._apply_range IS
     'copies the next max_rows rows of (low, high] in key order, fewer where they have more than max_bytes; reached: the last key considered (NULL: the range is exhausted); skipped: keys (2-D) of locked rows';
 
+CREATE FUNCTION migrate._apply_places(flow integer, file oid, after text[], until text[], max_rows integer, max_bytes bigint DEFAULT NULL,
+                                      OUT rows_done bigint, OUT rows_written bigint, OUT reached text[], OUT skipped text[], OUT rewritten boolean)
+LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_apply_places';
+COMMENT ON FUNCTION migrate._apply_places IS
+    'as _apply_range, for the next rows of (after, until] in the order of place; rewritten: the source has another file than this, and nothing was done';
+
+CREATE FUNCTION migrate._next_places(flow integer, file oid, after text[], until text[], max_rows integer, OUT keys text[], OUT reached text[])
+LANGUAGE C AS 'MODULE_PATHNAME', 'migrate_next_places';
+COMMENT ON FUNCTION migrate._next_places IS 'the keys (2-D) of those rows, without looking at the mapping; NULL where there is none';
+
 CREATE FUNCTION migrate._invalidate(relation regclass) RETURNS void
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_invalidate';
 COMMENT ON FUNCTION migrate._invalidate IS 'makes every backend read the mappings of this table again';

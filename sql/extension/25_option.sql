@@ -30,6 +30,8 @@ INSERT INTO migrate._option_definition (name, kind, unit, standard, nullable, mi
     ('workers', 'integer', 'workers', '1', false, 1, 64, NULL, '2', 'backfill workers that run side by side'),
     ('defer_indexes', 'enum', '', 'auto', false, NULL, NULL, '{auto,on,off}', 'auto',
      'whether start sets the target''s secondary indexes and foreign keys aside, to be built after the copy: auto does where the target is empty'),
+    ('copy_order', 'enum', '', 'auto', false, NULL, NULL, '{auto,key,place}', 'place',
+     'the order in which the backfill reads a source that it copies in bulk, chosen by start: place reads it block by block, and until the backfill has ended carries over updates of unmapped columns too; auto does where the key is in another order than the table and the table is larger than memory, the index of its key is not'),
     ('max_rows_per_second', 'integer', 'rows/s', 'none', true, 1, 1000000000, NULL, '20000', 'upper limit of the backfill''s rate'),
     ('sleep', 'ms', 'ms', '0', false, 0, 3600000, NULL, '50 ms', 'pause after every batch'),
     ('throttle_ratio', 'ratio', '', '0', false, 0, 0.99, NULL, '0.5', 'share of the time the workers sleep; throttle() sets it for a while'),

@@ -52,6 +52,19 @@ LANGUAGE sql STABLE AS $$
     SELECT coalesce('through SQL: ' || migrate._plan_cell(migrate._path(flow, direction)), 'directly, row by row without SQL') || '.'
 $$;
 
+-- What start would choose, and why; after it, what it chose.
+CREATE FUNCTION migrate._plan_order(f migrate._flow) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    o record;
+BEGIN
+    IF (SELECT m.phase FROM migrate._migration m WHERE m.id = f.migration) <> 'planned' THEN
+        RETURN ', in the order of ' || CASE WHEN f.by_place THEN 'place' ELSE 'the key' END;
+    END IF;
+    SELECT * INTO o FROM migrate._copy_order(f);
+    RETURN ', in the order of ' || CASE WHEN o.by_place THEN 'place' ELSE 'the key' END || coalesce(' (' || migrate._plan_cell(o.why) || ')', '');
+END $$;
+
 CREATE FUNCTION migrate._plan_flow(f migrate._flow) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -75,7 +88,7 @@ BEGIN
     lines := lines || ARRAY['', CASE WHEN f.not_carried = '{}' THEN 'Every column of the source is carried.'
         ELSE 'Not carried: ' || (SELECT string_agg(migrate._plan_code(quote_ident(c)), ', ' ORDER BY c) FROM unnest(f.not_carried) c) || '.' END, '',
         '**Dual writes**: ' || migrate._plan_path(f.id, 'forward'), '',
-        '**Backfill**: ' || coalesce('by SQL, under row locks: ' || migrate._plan_cell(migrate._no_bulk_copy(f.id)), 'in bulk, without a lock on a row of the source') || '.', ''];
+        '**Backfill**: ' || coalesce('by SQL, under row locks: ' || migrate._plan_cell(migrate._no_bulk_copy(f.id)), 'in bulk, without a lock on a row of the source' || migrate._plan_order(f)) || '.', ''];
     lines := lines || CASE WHEN reverse.flow IS NULL THEN ARRAY['**Back**: nothing. Writes to the target after cutover are lost by a rollback.']
         ELSE ARRAY['**Back**, after cutover and until finalize: ' ||
             (SELECT string_agg(format('%s ← %s', migrate._plan_code(quote_ident(e.dest_column)), migrate._plan_code(e.expression)), ', ' ORDER BY e.ordinal)

@@ -70,6 +70,38 @@ LANGUAGE sql AS $$
     UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.migration = m.id
 $$;
 
+-- Whether the backfill is to read the source in the order of place (src/place_scan.hpp), and why (not). A table that fits into memory is
+-- read from there in any order; half of it, for the target needs the other half: the index of its key, which then grows everywhere at
+-- once, must fit there. Before the sources are armed, or under the same locks.
+CREATE FUNCTION migrate._copy_order(f migrate._flow, OUT by_place boolean, OUT why text)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    wanted text := migrate._opt(f.migration, 'copy_order');
+    first_column name := (SELECT k.origin_column FROM migrate._key(f.id, 'forward') k WHERE k.ordinal = 1);
+    memory bigint := pg_size_bytes(current_setting('effective_cache_size')) / 2;
+    known real;
+BEGIN
+    by_place := false;
+    IF migrate._no_bulk_copy(f.id) IS NOT NULL THEN
+        RETURN;
+    ELSIF wanted <> 'auto' THEN
+        by_place := wanted = 'place';
+        why := 'copy_order = ' || wanted;
+        RETURN;
+    ELSIF pg_relation_size(f.source) < memory THEN
+        why := 'the table is smaller than half of effective_cache_size';
+        RETURN;
+    ELSIF (SELECT pg_relation_size(migrate._key_index(f.source, p.key_origin)) FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'forward') > memory THEN
+        why := 'the index of the key, too, is larger than half of effective_cache_size';
+        RETURN;
+    END IF;
+    SELECT s.correlation INTO known FROM pg_stats s JOIN pg_class c ON c.oid = f.source
+    WHERE s.schemaname = c.relnamespace::regnamespace::name AND s.tablename = c.relname AND s.attname = first_column AND NOT s.inherited;
+    by_place := coalesce(abs(known) < 0.5, false);
+    why := CASE WHEN known IS NULL THEN format('the correlation of %I with place is not known; ANALYZE tells', first_column)
+                ELSE format('the correlation of %I with place is %s', first_column, round(known::numeric, 2)) END;
+END $$;
+
 -- Turns the forward dual writes on. The caller holds SHARE ROW EXCLUSIVE on every source: no writer is under way. keys: the locks for
 -- setting foreign keys aside are held too.
 CREATE FUNCTION migrate._arm(m_id integer, caller regrole, keys boolean) RETURNS text
@@ -86,6 +118,8 @@ BEGIN
     UPDATE migrate._flow f SET empty_at_start = migrate._is_empty(f.target) WHERE f.migration = m_id;
     PERFORM migrate._set_aside(m, caller, keys);
     -- @point start: objects set aside
+    -- (What was set aside may have been in the way of a bulk copy. Nobody has seen the triggers yet, nor how they are to write.)
+    UPDATE migrate._flow f SET by_place = o.by_place FROM migrate._flow x, LATERAL migrate._copy_order(x) o WHERE x.migration = m_id AND f.id = x.id;
     RETURN 'armed';
 END $$;
 

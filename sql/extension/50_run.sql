@@ -174,6 +174,7 @@ BEGIN
         PERFORM migrate._raise('55000', format('the clone of migration "%s" cannot be resumed', m.name), problem.message, coalesce(problem.hint, ''));
     END IF;
     PERFORM migrate._belongs_here(m.id);
+    UPDATE migrate._flow f SET copied_file = NULL WHERE f.migration = m.id;  -- a restored table has its rows at other places
     INSERT INTO migrate._pace (migration, worker, rows_estimated)
     SELECT m.id, 0, sum(e.row_count) FROM migrate._flow f, LATERAL migrate._estimate(f) e WHERE f.migration = m.id ON CONFLICT DO NOTHING;
     PERFORM migrate._event(m, caller, 'adopted', format('clone of system %s, database %s', m.system_identifier, m.database_oid));
@@ -276,6 +277,7 @@ BEGIN
     PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', routed || tables,
         array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(routed)]) || array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
         format('SELECT migrate._rearm_now(%s, %L)', m.id, caller), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
+    UPDATE migrate._flow f SET copied_file = NULL WHERE f.migration = m.id;  -- rows may have moved
     PERFORM migrate._event(m, caller, 'rearmed', 'the dual writes had a gap: what was validated before counts for nothing');
     IF m.phase IN ('shadowing', 'ready') THEN
         PERFORM migrate._move(m, caller, 'validating', 'the dual writes had a gap and were armed again');

@@ -172,7 +172,7 @@ BEGIN
         j.ordinal := r.ordinal;
         j.rows := least(batch, r.row_limit, CASE WHEN rate IS NOT NULL THEN greatest(rate, 1) END);
         j.activity := format('%s: backfill batch of %s rows%s', m.name, j.rows,
-                             coalesce(' at key ' || array_to_string(coalesce(r.checkpoint, r.low), ', '), ''));
+                             coalesce(' at ' || array_to_string(coalesce(r.checkpoint, r.low), ', '), ''));
     ELSIF EXISTS (SELECT FROM migrate._range x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND NOT x.done) THEN
         -- other workers have them, or all hold still
         RETURN migrate._wait_job(m, j.worker, CASE WHEN m.throttled_reason IS NULL THEN 100 ELSE 500 END);

@@ -29,7 +29,15 @@ BEGIN
         RETURN;
     END IF;
     SELECT * INTO r FROM migrate._range x WHERE x.flow = j.flow AND x.ordinal = j.ordinal;
-    SELECT * INTO done FROM migrate._apply_range(f.id, coalesce(r.checkpoint, r.low), r.high, j.rows, migrate._batch_bytes(f.source));
+    IF f.by_place THEN
+        SELECT * INTO done FROM migrate._apply_places(f.id, f.copied_file, coalesce(r.checkpoint, r.low), r.high, j.rows, migrate._batch_bytes(f.source));
+        IF done.rewritten THEN
+            wait_ms := migrate._begin_anew(m, f);
+            RETURN;
+        END IF;
+    ELSE
+        SELECT * INTO done FROM migrate._apply_range(f.id, coalesce(r.checkpoint, r.low), r.high, j.rows, migrate._batch_bytes(f.source));
+    END IF;
     PERFORM migrate._requeue_keys(f.id, done.skipped);
     -- @point batch: skipped keys queued
     -- After a failure sizes grow back until they are ordinary again.
@@ -242,6 +250,7 @@ BEGIN
     -- (A signal that is over its limit stays so: validation goes by it from its first range on.)
     UPDATE migrate._migration x SET backfilled_at = clock_timestamp() WHERE x.id = m.id RETURNING * INTO m;
     UPDATE migrate._pace p SET note = NULL, rows_per_second = NULL WHERE p.migration = m.id;
+    PERFORM migrate._invalidate(x.source) FROM migrate._flow x WHERE x.migration = m.id AND x.by_place;  -- updates of unmapped columns cost little again
     -- @point backfill: figures written
     PERFORM migrate._move(m, NULL, 'validating', format('%s rows copied, %s keys in failures',
         (SELECT sum(r.rows_done) FROM migrate._range r JOIN migrate._flow x ON x.id = r.flow WHERE x.migration = m.id), failures));

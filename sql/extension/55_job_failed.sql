@@ -60,14 +60,30 @@ BEGIN
     END CASE;
 END $$;
 
--- A row refuses a batch: halves it, down to the row, which goes to _failure and is passed. Its key is read from the source
--- without the mapping, for it is the mapping that may fail.
+-- The key of the range's next row, and what its checkpoint is behind it. Read from the source without the mapping, for it is the
+-- mapping that may fail.
+CREATE FUNCTION migrate._next_row(f migrate._flow, r migrate._range, OUT key text[], OUT reached text[])
+LANGUAGE plpgsql AS $$
+DECLARE
+    k record;
+BEGIN
+    IF f.by_place THEN
+        SELECT migrate._key_row(n.keys, 1), n.reached INTO key, reached FROM migrate._next_places(f.id, f.copied_file, coalesce(r.checkpoint, r.low), r.high, 1) n;
+        RETURN;
+    END IF;
+    SELECT * INTO k FROM migrate._source_key(f.id);
+    SELECT x INTO key FROM migrate._as(migrate._table_owner(k.source), format('SELECT %1$s FROM %2$s WHERE %3$s ORDER BY %1$s LIMIT 1',
+        array_to_string(k.names, ', '), k.source, CASE WHEN coalesce(r.checkpoint, r.low) IS NULL THEN '$1::text[] IS NULL' ELSE k.above END),
+        coalesce(r.checkpoint, r.low)::text) AS x;
+    reached := key;
+END $$;
+
+-- A row refuses a batch: halves it, down to the row, which goes to _failure and is passed.
 CREATE FUNCTION migrate._isolate(m migrate._migration, j migrate._job, sqlstate text, object text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     r migrate._range;
-    k record;
-    failed_key text[];
+    failed record;
     failed_keys bigint;
     most bigint := migrate._opt(m.id, 'max_failures')::bigint;
 BEGIN
@@ -77,16 +93,13 @@ BEGIN
         -- @point isolate: batch halved
         RETURN;
     END IF;
-    SELECT * INTO k FROM migrate._source_key(j.flow);
-    SELECT x INTO failed_key FROM migrate._as(migrate._table_owner(k.source), format('SELECT %1$s FROM %2$s WHERE %3$s ORDER BY %1$s LIMIT 1',
-        array_to_string(k.names, ', '), k.source, CASE WHEN coalesce(r.checkpoint, r.low) IS NULL THEN '$1::text[] IS NULL' ELSE k.above END),
-        coalesce(r.checkpoint, r.low)::text) AS x;
-    IF failed_key IS NULL THEN
+    SELECT n.* INTO failed FROM migrate._flow f, LATERAL migrate._next_row(f, r) n WHERE f.id = j.flow;
+    IF failed.key IS NULL THEN
         RETURN;  -- it is gone by now
     END IF;
-    PERFORM migrate._record_failure(j.flow, failed_key, sqlstate, object);
+    PERFORM migrate._record_failure(j.flow, failed.key, sqlstate, object);
     -- @point isolate: row recorded
-    UPDATE migrate._range x SET checkpoint = failed_key WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
+    UPDATE migrate._range x SET checkpoint = failed.reached WHERE x.flow = r.flow AND x.ordinal = r.ordinal;
     -- @point isolate: checkpoint behind it
     failed_keys := (SELECT count(DISTINCT (x.flow, x.key)) FROM migrate._failure x JOIN migrate._flow w ON w.id = x.flow WHERE w.migration = m.id);
     IF failed_keys > most THEN

@@ -22,7 +22,8 @@ $$;
 CREATE FUNCTION no_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
 
 -- Dual writes are on, nothing is copied. A migration that was never switched is used again by the next permutation.
--- path: sql: a trigger of the target keeps everything to SQL.
+-- path: sql: a trigger of the target keeps everything to SQL; place: the batch reads the source in the order of place; place sql: by the
+-- keys of the rows that are there, for such a trigger has come since.
 CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF obj_description(to_regclass('src')) = concat_ws(' ', key_definition, path) THEN
@@ -35,13 +36,14 @@ BEGIN
     EXECUTE format('CREATE TABLE src (id int %s, v text)', key_definition);
     EXECUTE format('COMMENT ON TABLE src IS %L', concat_ws(' ', key_definition, path));
     CREATE TABLE dst (key int PRIMARY KEY, value text, note text);
-    IF path = 'sql' THEN
+    IF path ~ 'sql' THEN
         CREATE TRIGGER no_change AFTER INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION no_change();
     END IF;
     INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
     PERFORM migrate.define('race', source => 'src', target => 'dst', mapping => 'id AS key, v AS value', on_target_delete => 'delete');
     PERFORM migrate.add_view('race', 'served');
     PERFORM migrate._create_triggers(m, 'forward'), migrate._note_fingerprints(m) FROM migrate._migration m;
+    UPDATE migrate._flow SET by_place = path ~ 'place';
 END $$;
 
 CREATE FUNCTION clean() RETURNS void LANGUAGE plpgsql AS $$
@@ -65,7 +67,9 @@ END $$;
 
 -- What a worker does in one batch: copy, and queue what was locked.
 CREATE FUNCTION copy() RETURNS text LANGUAGE sql AS $$
-    WITH batch AS MATERIALIZED (SELECT f.id, r.* FROM migrate._flow f, migrate._apply_range(f.id, NULL, NULL, 100) r),
+    WITH batch AS MATERIALIZED (SELECT f.id, r.skipped FROM migrate._flow f, LATERAL (
+        SELECT skipped FROM migrate._apply_range(f.id, NULL, NULL, 100) WHERE NOT f.by_place
+        UNION ALL SELECT skipped FROM migrate._apply_places(f.id, pg_relation_filenode(f.source), NULL, NULL, 100) WHERE f.by_place) r),
     queued AS (INSERT INTO migrate._requeue (flow, key) SELECT id, ARRAY[skipped[i][1]] FROM batch, generate_subscripts(skipped, 1) i)
     SELECT 'skipped ' || coalesce((SELECT array_agg(ARRAY[skipped[i][1]] ORDER BY skipped[i][1]) FROM generate_subscripts(skipped, 1) i)::text, 'none') FROM batch
 $$;

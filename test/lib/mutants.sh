@@ -2,7 +2,7 @@
 # must make a test fail: a suite that passes without a safeguard would not notice its loss.
 
 # The tests that guard the protocol. They run as always, but on the mutant's installation and in a folder of their own.
-MUTANT_TESTS=(dual_write isolation checker)
+MUTANT_TESTS=(dual_write place isolation checker)
 
 list_mutants() { sed -n '/^enum Name/,/^}/s/^ *\([a-z_]*\),.*/\1/p' "$TREE/src/mutant.hpp" | grep -vx none; }
 

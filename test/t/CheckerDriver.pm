@@ -192,6 +192,7 @@ sub migrate
 	my $skip = $schema->{deferrable} ? ", skip => '{reverse}'" : '';
 	$self->flag($_, 0) for qw(switching target_writable);
 	# (Not under load at the first: it would queue in front of the application.)
+	$self->connect->do(CheckerOracle->detach_sql($schema, 't')) if $schema->{plain_target} && $self->{cycle} > 1;
 	$self->connect->do($self->{cycle} > 1 ? 'TRUNCATE t' : 'SELECT') && $self->{db}->do($schema->define_sql($m)) or return $self->fault('define: ' . $self->{db}->errstr);
 	$self->verb("set('$m', 'batch_size', '" . (10 + int rand 40) . "')");
 	$self->verb("set('$m', 'sleep', '" . int(rand 15) . " ms')");
@@ -199,7 +200,14 @@ sub migrate
 	$self->move_on;
 	$self->switch_to("start('$m')", 'dual_writing|backfilling|validating|shadowing|ready');
 	return unless $self->reach('ready', 1);
+	$self->{count}{'copied by place'} += $self->one("SELECT count(*) FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE m.name = '$m' AND f.by_place");
 	$self->route;
+	if ($schema->{plain_target})
+	{
+		$self->come_to_rest or return;
+		$self->connect->do(CheckerOracle->attach_sql($schema, 't')) or return $self->fault('attach: ' . $self->{db}->errstr);
+		$self->move_on;
+	}
 	$self->flag('switching', 1);
 	return unless $self->switch_to("cutover('$m')", 'cut_over');
 	for (1 .. 1 + int rand 5)

@@ -25,9 +25,7 @@ CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.ver := 
 SQL
 	for my $side ('s', 't')
 	{
-		my $columns = join ', ', $schema->columns($side), $schema->value_columns($side);
 		my ($new, $old) = map { $schema->shape($side, $_) } 'NEW', 'x';
-		my $guard = "WHEN (current_user = 'app')";
 		$sql .= <<"SQL";
 CREATE FUNCTION note_$side() RETURNS trigger LANGUAGE plpgsql AS \$\$
 BEGIN
@@ -40,32 +38,58 @@ BEGIN
     INSERT INTO public.app_log SELECT '$side', current_setting('app.tag', true), x.ver FROM public.$side x;
     RETURN NULL;
 END \$\$;
+SQL
+		$sql .= $class->nested_functions_sql($schema, $side) if $schema->{triggers};
+		$sql .= $class->attach_sql($schema, $side) unless $side eq 't' && $schema->{plain_target};
+	}
+	my $row = $schema->shape('s', 'x');
+	my $key = 'ARRAY[' . join(', ', map { "$_\::text" } split /, /, $schema->columns('s')) . ']';
+	return $sql . <<"SQL";
+UPDATE s SET ver = nextval('app_version');
+INSERT INTO app_log SELECT 's', 'initial', NULL, x.ver, ROW($row)::text FROM s x;
+CREATE FUNCTION backfill_position() RETURNS text[] LANGUAGE sql SECURITY DEFINER AS
+    'SELECT CASE WHEN by_place THEN (SELECT $key FROM s WHERE s.ctid > reached[1]::tid ORDER BY s.ctid LIMIT 1) ELSE reached END
+     FROM (SELECT f.by_place, coalesce(r.checkpoint, r.low) AS reached FROM migrate._range r JOIN migrate._flow f ON f.id = r.flow
+           WHERE NOT r.done AND coalesce(r.checkpoint, r.low) IS NOT NULL ORDER BY random() LIMIT 1) x';
+SQL
+}
+
+# The triggers of one side. (A plain target has none until it is about to serve: then dual writes need no SQL, nor does the copy.)
+sub attach_sql
+{
+	my ($class, $schema, $side) = @_;
+	my $columns = join ', ', $schema->columns($side), $schema->value_columns($side);
+	my $guard = "WHEN (current_user = 'app')";
+	my $nested = "WHEN (current_user = 'app' AND pg_trigger_depth() = 0";
+	my $sql = <<"SQL";
 CREATE TRIGGER stamp BEFORE INSERT OR UPDATE OF $columns ON $side FOR EACH ROW $guard EXECUTE FUNCTION stamp();
 CREATE TRIGGER note_1 AFTER UPDATE OF $columns ON $side FOR EACH ROW $guard EXECUTE FUNCTION note_$side();
 CREATE TRIGGER note_2 AFTER INSERT OR DELETE ON $side FOR EACH ROW $guard EXECUTE FUNCTION note_$side();
 CREATE TRIGGER note_truncate BEFORE TRUNCATE ON $side FOR EACH STATEMENT $guard EXECUTE FUNCTION note_truncate_$side();
 SQL
-		$sql .= $class->nested_triggers_sql($schema, $side) if $schema->{triggers};
-	}
-	my $row = $schema->shape('s', 'x');
+	return $sql unless $schema->{triggers};
 	return $sql . <<"SQL";
-UPDATE s SET ver = nextval('app_version');
-INSERT INTO app_log SELECT 's', 'initial', NULL, x.ver, ROW($row)::text FROM s x;
-CREATE FUNCTION backfill_position() RETURNS text[] LANGUAGE sql SECURITY DEFINER AS
-    'SELECT coalesce(checkpoint, low) FROM migrate._range WHERE NOT done AND coalesce(checkpoint, low) IS NOT NULL ORDER BY random() LIMIT 1';
+CREATE TRIGGER "AA_again" AFTER INSERT OR UPDATE ON $side FOR EACH ROW $nested AND NEW.n % 6 = 0) EXECUTE FUNCTION again_$side();
+CREATE TRIGGER "AA_back" AFTER DELETE ON $side FOR EACH ROW $nested AND OLD.n % 13 = 5) EXECUTE FUNCTION back_$side();
+CREATE TRIGGER zz_sibling AFTER UPDATE ON $side FOR EACH ROW $nested AND NEW.n % 11 = 3) EXECUTE FUNCTION sibling_$side();
 SQL
 }
 
-# Triggers of the application that write while its statement is under way: one, before the extension's by name, to the same row
+sub detach_sql
+{
+	my ($class, $schema, $side) = @_;
+	return join ' ', map { "DROP TRIGGER $_ ON $side;" } qw(stamp note_1 note_2 note_truncate), $schema->{triggers} ? ('"AA_again"', '"AA_back"', 'zz_sibling') : ();
+}
+
+# Functions of the application's triggers that write while its statement is under way: one, before the extension's by name, to the same row
 # again; one, before them too, that brings a deleted row back; one, after them, to the next row.
-sub nested_triggers_sql
+sub nested_functions_sql
 {
 	my ($class, $schema, $side) = @_;
 	my ($value) = $schema->value_columns($side);
 	my $columns = $schema->columns($side);
 	my $new = join ', ', map { "NEW.$_" } split /, /, $columns;
 	my $old = $new =~ s/NEW/OLD/gr;
-	my $guard = "current_user = 'app' AND pg_trigger_depth() = 0";
 	return <<"SQL";
 CREATE FUNCTION again_$side() RETURNS trigger LANGUAGE plpgsql AS \$\$
 BEGIN
@@ -82,9 +106,6 @@ BEGIN
     UPDATE public.$side SET $value = 'sibling of ' || NEW.ver WHERE ($columns) = (SELECT $columns FROM public.$side WHERE ($columns) > ($new) ORDER BY $columns LIMIT 1);
     RETURN NULL;
 END \$\$;
-CREATE TRIGGER "AA_again" AFTER INSERT OR UPDATE ON $side FOR EACH ROW WHEN ($guard AND NEW.n % 6 = 0) EXECUTE FUNCTION again_$side();
-CREATE TRIGGER "AA_back" AFTER DELETE ON $side FOR EACH ROW WHEN ($guard AND OLD.n % 13 = 5) EXECUTE FUNCTION back_$side();
-CREATE TRIGGER zz_sibling AFTER UPDATE ON $side FOR EACH ROW WHEN ($guard AND NEW.n % 11 = 3) EXECUTE FUNCTION sibling_$side();
 SQL
 }
 
@@ -131,8 +152,10 @@ sub differing
 	my $columns = '(' . $schema->columns('s') . ')';
 	my ($reached, $high) = map { $bound->($_) } 'coalesce(r.checkpoint, r.low)', 'r.high';
 	my $ahead = $phase eq 'dual_writing' ? 'true' : <<"SQL";
-EXISTS (SELECT FROM migrate._range r WHERE r.flow = $flow AND NOT r.done AND (coalesce(r.checkpoint, r.low) IS NULL OR $columns > $reached)
-        AND (r.high IS NULL OR $columns <= $high))
+EXISTS (SELECT FROM migrate._range r JOIN migrate._flow f ON f.id = r.flow WHERE r.flow = $flow AND NOT r.done AND CASE WHEN f.by_place
+            THEN (coalesce(r.checkpoint, r.low) IS NULL OR s.ctid > (coalesce(r.checkpoint, r.low))[1]::tid) AND s.ctid <= r.high[1]::tid
+                 OR f.copied_file IS DISTINCT FROM pg_relation_filenode('s')
+            ELSE (coalesce(r.checkpoint, r.low) IS NULL OR $columns > $reached) AND (r.high IS NULL OR $columns <= $high) END)
     OR $key IN (SELECT key FROM migrate._requeue WHERE flow = $flow)
 SQL
 	my $failed = $class->has_failed($schema, $flow, 's', 's');

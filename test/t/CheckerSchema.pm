@@ -35,6 +35,8 @@ sub new
 	$self->{workers} = rand() < 0.3 ? 3 : 1;
 	$self->{preload} = rand() < 0.7 ? 1 : 0;
 	$self->{strict} = rand() < 0.3;
+	$self->{plain_target} = rand() < 0.6;    # no triggers on it until it is to serve
+	$self->{by_place} = $self->{plain_target} && !$self->{partitioned} && !$self->{deferrable} && rand() < 0.5;
 	my $n = @{ $self->{types} };
 	$self->{source_key} = $n == 1 ? ['k'] : [ 'a', 'b' ];
 	$self->{target_key} = $n == 1 ? ['tk'] : [ 'ta', 'tb' ];
@@ -61,7 +63,7 @@ sub order_keys
 sub describe
 {
 	my ($self) = @_;
-	return join ', ', "key $self->{kind}", map { $self->{$_} ? $_ : () } qw(partitioned deferrable unique foreign_key bare triggers preload strict);
+	return join ', ', "key $self->{kind}", map { $self->{$_} ? $_ : () } qw(partitioned deferrable unique foreign_key bare triggers preload strict plain_target by_place);
 }
 
 # The literals of a key, in the order of the side's columns, and conditions on them.
@@ -147,13 +149,14 @@ sub define_sql
 	$reverse = $self->{deferrable} ? '' : "reverse => '$reverse',";
 	my $accept = $self->{deferrable} ? "SELECT migrate.set('$name', 'accept_reverse_gaps', 'on');" : '';
 	$mapping =~ s/'/''/g;
+	my $order = $self->{by_place} ? 'place' : 'key';
 	my $mode = $self->{strict} ? 'strict' : 'best_effort';
 	return <<"SQL";
 SELECT migrate.define('$name', source => 's', target => 't', mapping => '$mapping', $reverse on_target_delete => 'delete');
 SELECT migrate.add_view('$name', view => 'shown');
 SELECT migrate.add_view('$name', view => 'shown_read', use => 'read');
 SELECT migrate.set('$name', 'lock_timeout', '500 ms'), migrate.set('$name', 'cutover_timeout', '20 s'), migrate.set('$name', 'batch_time', '1 ms'),
-    migrate.set('$name', 'workers', '$self->{workers}'), migrate.set('$name', 'dual_write', '$mode');
+    migrate.set('$name', 'workers', '$self->{workers}'), migrate.set('$name', 'dual_write', '$mode'), migrate.set('$name', 'copy_order', '$order');
 GRANT SELECT, INSERT, UPDATE, DELETE ON shown TO app;
 $accept
 SQL
