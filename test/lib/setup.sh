@@ -210,6 +210,8 @@ build_variant() {
     tar -C "$TREE" --exclude='*.o' --exclude='*.d' --exclude='*.so' --exclude='*.bc' --exclude='./migrate_ext--*.sql' -cf - . |
         as_user tar -C "$T/tree_$name" -xf - || return
     config=$(variant_pg_config "$name")
+    # Where pg_config is a script of ours (PostgreSQL 13), it names folders.
+    if [ -e "$config.package" ]; then as_user sed -i "s:$T/pg/:$T/pg_$name/:g" "$config"; fi
     as_user make -C "$T/tree_$name" -j2 PG_CONFIG="$config" with_llvm=no "$@" all install >"$T/log/build.$name.log" 2>&1 &&
         as_user touch "$T/pg_$name/built"
 }

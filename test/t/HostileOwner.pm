@@ -94,6 +94,10 @@ ALTER TABLE T ENABLE ROW LEVEL SECURITY;
 CREATE POLICY p ON T TO clerk USING (lair.fair(v, 'T policy'));
 GRANT SELECT, INSERT, UPDATE, DELETE ON T TO clerk;
 SQL
+# (Statistics of an expression are new in PostgreSQL 14.)
+$each =~ s/\(lair\.spy\(v, 'T statistics'\)\)/v/ if server_major() < 14;
+# (And views that keep to policies in 15.)
+$each =~ s/^ALTER TABLE T ENABLE ROW LEVEL SECURITY;$//m if server_major() < 15;
 
 # Functions and operators that fit the calls of the extension better than PostgreSQL's own, or come first in planted_path().
 my $traps = <<'SQL';

@@ -59,29 +59,33 @@ wait_phase($node, 'ready', 'm');
 writes_own_rows('before cutover', 's', 't');
 is(as('writer', "SELECT count(*) FROM pg_class c WHERE c.relnamespace = 'migrate'::regnamespace AND c.relkind IN ('r', 'v', 'S') AND CASE c.relkind WHEN 'S' THEN has_sequence_privilege(c.oid, 'USAGE, SELECT, UPDATE') ELSE has_any_column_privilege(c.oid, 'SELECT, INSERT, UPDATE') END"),
 	0, 'the writer has no right on anything of the extension\'s');
-# (The view asks for the rights of who uses it, for the policies' sake.)
-like(error_of($node, "SELECT migrate.add_view('m', 'r.w')", user => 'boss'), qr/42501.*writer lacks rights on table r\.t/s, 'a view that the writer could not use after cutover is refused');
-as('boss', "GRANT SELECT, INSERT, UPDATE, DELETE ON t TO writer; SELECT migrate.add_view('m', 'r.w')");
-writes_own_rows('through the view before cutover', 'w');
+# The view asks for the rights of who uses it, for the policies' sake. Views of PostgreSQL 13 and 14 cannot; there the writer uses the tables.
+my $has_view = server_major() >= 15;
+my ($before, $after) = $has_view ? qw(w w) : qw(s t);
+my $refusal = $has_view ? qr/42501.*writer lacks rights on table r\.t/s : qr/0A000.*would pass by/s;
+like(error_of($node, "SELECT migrate.add_view('m', 'r.w')", user => 'boss'), $refusal, 'a view that the writer could not use after cutover is refused');
+as('boss', 'GRANT SELECT, INSERT, UPDATE, DELETE ON t TO writer');
+as('boss', "SELECT migrate.add_view('m', 'r.w')") if $has_view;
+writes_own_rows('through the view before cutover', $before);
 
 # In the middle of a transaction of the writer's that began before the switch
 my $open = background($node, user => 'writer');
-$open->query_safe("BEGIN; UPDATE r.w SET v = 'in flight' WHERE id = 4");
+$open->query_safe("BEGIN; UPDATE r.$before SET v = 'in flight' WHERE id = 4");
 my $cutover = background($node, user => 'boss');
 $cutover->query_until(qr/called/, "\\echo called\nSELECT migrate.cutover('m');\n");
-$open->query_safe("UPDATE r.w SET v = 'still in flight' WHERE id = 6; COMMIT");
+$open->query_safe("UPDATE r.$before SET v = 'still in flight' WHERE id = 6; COMMIT");
 $cutover->query_safe('SELECT 1');
 wait_for($node, 'the switch', "SELECT phase FROM migrate._migration", 'cut_over');
 $_->quit for $open, $cutover;
-is(as('writer', 'SELECT string_agg(v, $$,$$ ORDER BY id) FROM w WHERE id IN (4, 6)'), 'in flight,still in flight', 'what was in flight is there');
-writes_own_rows('through the view after cutover', 'w');
+is(as('writer', "SELECT string_agg(v, ',' ORDER BY id) FROM $after WHERE id IN (4, 6)"), 'in flight,still in flight', 'what was in flight is there');
+writes_own_rows('through the view after cutover', $after);
 writes_own_rows('at the old table after cutover', 's');
 # After cutover the view's dual writes go to the source: the writer needs no right on that either.
 as('boss', 'REVOKE ALL ON s FROM writer');
-writes_own_rows('through the view, without rights on the old table', 'w', 's');
+writes_own_rows('through the view, without rights on the old table', $after, 's');
 as('boss', 'GRANT SELECT, INSERT, UPDATE, DELETE ON s TO writer');
 as('boss', "SELECT migrate.rollback('m')");
-writes_own_rows('through the view after rollback', 'w');
+writes_own_rows('through the view after rollback', $before);
 writes_own_rows('at the table after rollback', 's');
 
 # Each verb asks again who owns the tables.
@@ -112,8 +116,8 @@ for my $table (qw(s t))
 }
 # Another owner after cutover: writers do not notice.
 as('postgres', 'ALTER TABLE r.s OWNER TO heir; ALTER TABLE r.t OWNER TO heir; GRANT heir TO boss');
-writes_own_rows('after a change of both owners', 'w');
-as('boss', "SELECT migrate.finalize('m', force => 'm'); SELECT migrate.drop('m'); DROP VIEW w");
+writes_own_rows('after a change of both owners', $after);
+as('boss', "SELECT migrate.finalize('m', force => 'm'); SELECT migrate.drop('m'); DROP VIEW IF EXISTS w");
 as('postgres', 'REVOKE heir FROM boss; ALTER TABLE r.s OWNER TO boss; ALTER TABLE r.t OWNER TO boss; TRUNCATE r.t');
 as('boss', "SELECT migrate.define('m', 's', 't', on_target_delete => 'delete')");
 refused_for($_, 'start', "start('m')") for qw(s t);

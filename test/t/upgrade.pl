@@ -34,8 +34,7 @@ $new->init(extra => [ '-E', 'UTF8', '--locale=C' ]);
 $new->append_conf('postgresql.conf', "shared_preload_libraries = 'migrate_ext'\nmax_worker_processes = 16\nmax_prepared_transactions = 10\n");
 my $version = $old->safe_psql('postgres', 'SHOW server_version_num');
 $old->stop;
-my $bin = $old->config_data('--bindir');
-chomp $bin;
+chomp(my $bin = `pg_config --bindir`);
 chdir PostgreSQL::Test::Utils::tempdir_short() or die $!;    # where it puts its sockets
 $old->command_ok([ "$bin/pg_upgrade", ($version >= 150000 ? '--no-sync' : ()), '-d', $old->data_dir, '-D', $new->data_dir, '-b', $bin, '-B', $bin, '-p', $old->port, '-P', $new->port ], 'pg_upgrade');
 chdir '/';
