@@ -123,7 +123,7 @@ BEGIN
         EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
         END;
         -- Who has a snapshot from before the last batch, or a retried write, would not see its rows in the target.
-        PERFORM migrate._wait_for_snapshots(m, caller, 'route reads', deadline, format('migrate.route(%L, …, skip => ''{snapshots}'')', m.name)) WHERE 'snapshots' <> ALL (skipped);
+        PERFORM migrate._wait_for_snapshots(m, caller, 'route reads', deadline, dry_run, format('migrate.route(%L, …, skip => ''{snapshots}'')', m.name)) WHERE 'snapshots' <> ALL (skipped);
     END IF;
     SELECT * INTO done FROM migrate._under_locks(m, caller, 'route reads', views, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(views)]),
         format('SELECT migrate._route_now(%s, %L, %L, %L, %L, %L)', m.id, caller, percent, predicates, forward, skipped), deadline, coalesce(dry_run, false));
