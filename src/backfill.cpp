@@ -131,14 +131,7 @@ void same_key(Sql &sql, const Mapping *m) {
     }
 }
 
-// WITH locked AS MATERIALIZED (SELECT v.* FROM view v WHERE <condition> FOR SHARE SKIP LOCKED)
-void locked_rows(Sql &sql, const Mapping *m, const char *condition, bool lock) {
-    sql.add("WITH locked AS MATERIALIZED (SELECT v.* FROM ")
-        .relation(m->view)
-        .add(" v WHERE ")
-        .add(condition)
-        .add(lock ? " FOR SHARE OF v SKIP LOCKED)" : ")");
-}
+constexpr const char *kSkipLocked = " FOR SHARE OF v SKIP LOCKED";
 
 // FROM view v WHERE <condition> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k)
 void from_not_locked(Sql &sql, const Mapping *m, const char *condition) {
@@ -156,7 +149,7 @@ void from_not_locked(Sql &sql, const Mapping *m, const char *condition) {
 //        (SELECT array_agg(v.key) FROM view v WHERE <condition> AND NOT EXISTS (SELECT FROM locked l WHERE l.k = v.k))
 char *copy_sql(const Mapping *m, const char *condition) {
     Sql sql;
-    locked_rows(sql, m, condition, !is_mutant(mutant::no_row_lock));
+    locked_rows(sql.add("WITH "), m, condition, is_mutant(mutant::no_row_lock) ? "" : kSkipLocked);
     insert_from(sql.add(", copied AS ("), m, "locked", "true");
     sql.add(" RETURNING 1) SELECT (SELECT count(*) FROM locked), (SELECT count(*) FROM copied), (SELECT array_agg(");
     view_key_text(sql, m, "v");
@@ -252,7 +245,7 @@ bool lock_keys(const Mapping *m, KeyArrays keys) {
 bool upsert_locked(const Mapping *m, KeyArrays keys) {
     const char *condition = view_key_in_params(m);
     Sql sql, update;
-    locked_rows(sql, m, condition, !is_mutant(mutant::no_key_lock));
+    locked_rows(sql.add("WITH "), m, condition, is_mutant(mutant::no_key_lock) ? "" : kSkipLocked);
     if (m->partial && update_from(update, m, "locked", "true"))
         sql.add(", updated AS (").add(update.c_str()).add(" RETURNING 1)");
     insert_from(sql.add(", copied AS ("), m, "locked", "true");

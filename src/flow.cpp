@@ -1,6 +1,7 @@
 #include "flow.hpp"
 #include "flow_lock.hpp"
 #include "flow_sql.hpp"
+#include "mutant.hpp"
 
 namespace migrate {
 namespace {
@@ -60,6 +61,14 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
     return *slot;
 }
 
+// Where a key may stand twice, one of its rows may be somebody else's, who may be about to delete it or to move it: he
+// would not see what we write of it to dest, and leave it there. So he is waited for, or he waits for us. locked AS
+// (SELECT v.* FROM view v WHERE <condition> FOR SHARE OF v)
+void held_rows(Sql &sql, const Mapping *m, const char *condition) {
+    locked_rows(sql, m, condition, is_mutant(mutant::twice_not_held) ? "" : " FOR SHARE OF v");
+    sql.add(" ");
+}
+
 // SQL does not see the rows of a bulk copy that is under way.
 void keep_out_bulk_copies(const Mapping *m) {
     if (!m->reverse) lock_flow(m, ShareLock);
@@ -111,8 +120,11 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
             });
             run_latest(update, keys, NULL);
         }
-        SPIPlanPtr upsert =
-            kept_plan(m, &m->upsert, [&](Sql &sql) { insert_from(sql, m, qualified(m->view), view_key_in_params(m)); });
+        SPIPlanPtr upsert = kept_plan(m, &m->upsert, [&](Sql &sql) {
+            if (m->ambiguous) held_rows(sql.add("WITH "), m, view_key_in_params(m));
+            insert_from(sql, m, m->ambiguous ? "locked" : qualified(m->view),
+                        m->ambiguous ? "true" : view_key_in_params(m));
+        });
         // An ambiguous key may stand in a row of somebody else's as well, and a partial mapping looks at dest's rows.
         if (m->ambiguous || m->partial)
             run_latest(upsert, keys, NULL);
@@ -144,9 +156,12 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     as_dest_owner(m, 0, [&] {
         auto build = [&](Sql &sql) {
             delete_missing(sql.add("WITH removed AS ("), m, dest_key_in_params(m));
+            sql.add(" RETURNING 1)");
+            const char *keys = view_key_in_params(m, m->nparams + 1);
+            if (m->ambiguous) held_rows(sql.add(", "), m, keys);
             Sql condition;  // it makes the DELETE come first: what it frees, the INSERT may take
-            condition.add(view_key_in_params(m, m->nparams + 1)).add(" AND (SELECT count(*) FROM removed) >= 0");
-            insert_from(sql.add(" RETURNING 1) "), m, qualified(m->view), condition.c_str());
+            condition.add(m->ambiguous ? "true" : keys).add(" AND (SELECT count(*) FROM removed) >= 0");
+            insert_from(sql.add(" "), m, m->ambiguous ? "locked" : qualified(m->view), condition.c_str());
         };
         run_latest(kept_plan(m, &m->replace, build, 2), keys, NULL);
     });

@@ -93,6 +93,15 @@ void view_key(Sql &sql, const Mapping *m, const char *alias) {
     for (int i = 0; i < m->nparams; i++) view_column(sql.comma(i == 0), m, alias, m->key[m->params[i]].view);
 }
 
+void locked_rows(Sql &sql, const Mapping *m, const char *condition, const char *lock) {
+    sql.add("locked AS MATERIALIZED (SELECT v.* FROM ")
+        .relation(m->view)
+        .add(" v WHERE ")
+        .add(condition)
+        .add(lock)
+        .add(")");
+}
+
 // INSERT INTO dest AS d (c1, …) OVERRIDING SYSTEM VALUE SELECT v.c1, … FROM <from> v WHERE <condition> [and not yet
 // there] ON CONFLICT …
 void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condition) {

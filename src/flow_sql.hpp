@@ -25,6 +25,9 @@ char *dest_share(const Mapping *m);
 // column of the view.
 bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index);
 
+// locked AS MATERIALIZED (SELECT v.* FROM view v WHERE <condition> <lock>)
+void locked_rows(Sql &sql, const Mapping *m, const char *condition, const char *lock);
+
 // INSERT INTO dest AS d (c1, …) SELECT v.c1, … FROM <from> v WHERE <condition> ON CONFLICT (k) DO UPDATE …
 void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condition);
 

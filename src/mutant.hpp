@@ -18,8 +18,9 @@ enum Name {
     direct_mvcc_lookup,  // the direct path looks for dest's row by a snapshot, which shows nothing uncommitted
     no_speculation,      // it inserts a row that was not there when it looked as if nobody else could be faster
     no_target_lock,      // it does not hold a row of dest that is right already
-    skip_by_place,  // while the source is copied in the order of place, updates of unmapped columns are not carried
-    new_key_only,   // a key that a row has lost is not looked at again, though another row may have it
+    skip_by_place,   // while the source is copied in the order of place, updates of unmapped columns are not carried
+    twice_not_held,  // a key that stands twice is written from a row that somebody else may just be deleting
+    new_key_only,    // a key that a row has lost is not looked at again, though another row may have it
 };
 
 }  // namespace mutant
