@@ -92,7 +92,7 @@ RESET ROLE;
 CREATE FUNCTION catalog() RETURNS TABLE (line text) LANGUAGE sql SET search_path = pg_catalog AS $$
     WITH t AS (SELECT c.* FROM pg_class c WHERE c.relnamespace = 'swap_test'::regnamespace AND c.relname <> 'compared')
     SELECT format('relation %s %s %s %s %s rls %s identity %s', t.relname, t.relkind, t.relowner::regrole, t.reloptions, obj_description(t.oid, 'pg_class'), t.relrowsecurity, t.relreplident) FROM t
-    UNION ALL SELECT format('grant on %s: %s %s %s', t.relname, a.privilege_type, a.grantee::regrole, a.is_grantable) FROM t, aclexplode(coalesce(t.relacl, acldefault('r', t.relowner))) a WHERE t.relkind IN ('r', 'v')
+    UNION ALL SELECT format('grant on %s: %s %s %s', t.relname, a.privilege_type, a.grantee::regrole, a.is_grantable) FROM t, aclexplode(coalesce(t.relacl, acldefault('r', t.relowner))) a WHERE t.relkind IN ('r', 'v') AND a.privilege_type <> 'MAINTAIN'  -- (new in PostgreSQL 17)
     UNION ALL SELECT format('grant on %s: %s %s %s', t.relname, a.privilege_type, a.grantee::regrole, a.is_grantable) FROM t, aclexplode(coalesce(t.relacl, acldefault('s', t.relowner))) a WHERE t.relkind = 'S'
     UNION ALL SELECT format('column %s.%s %s %s identity "%s" default %s comment %s', t.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, pg_get_expr(d.adbin, d.adrelid), col_description(t.oid, a.attnum))
         FROM t JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum > 0 LEFT JOIN pg_attrdef d ON d.adrelid = t.oid AND d.adnum = a.attnum WHERE t.relkind IN ('r', 'v')
@@ -101,7 +101,7 @@ CREATE FUNCTION catalog() RETURNS TABLE (line text) LANGUAGE sql SET search_path
     UNION ALL SELECT format('constraint %s of %s %s valid %s %s', k.conname, t.relname, pg_get_constraintdef(k.oid), k.convalidated, obj_description(k.oid, 'pg_constraint')) FROM t JOIN pg_constraint k ON k.conrelid = t.oid WHERE k.contype <> 'n'
     UNION ALL SELECT format('trigger %s %s', pg_get_triggerdef(g.oid), g.tgenabled) FROM t JOIN pg_trigger g ON g.tgrelid = t.oid WHERE NOT g.tgisinternal AND g.tgname NOT LIKE '!migrate%'
     UNION ALL SELECT format('policy %s of %s %s %s %s using %s check %s', p.polname, t.relname, p.polpermissive, p.polcmd, p.polroles::regrole[], pg_get_expr(p.polqual, p.polrelid), pg_get_expr(p.polwithcheck, p.polrelid)) FROM t JOIN pg_policy p ON p.polrelid = t.oid
-    UNION ALL SELECT format('view %s: %s', t.relname, pg_get_viewdef(t.oid)) FROM t WHERE t.relkind = 'v'
+    UNION ALL SELECT format('view %s: %s', t.relname, regexp_replace(pg_get_viewdef(t.oid), '\mo\.', '', 'g')) FROM t WHERE t.relkind = 'v'
     UNION ALL SELECT format('statistics %s: %s', s.stxname, pg_get_statisticsobjdef(s.oid)) FROM t JOIN pg_statistic_ext s ON s.stxrelid = t.oid
     UNION ALL SELECT format('sequence %s %s owned by %s.%s %s', t.relname, s.seqtypid::regtype, d.refobjid::regclass, d.refobjsubid, d.deptype) FROM t JOIN pg_sequence s ON s.seqrelid = t.oid LEFT JOIN pg_depend d ON d.objid = t.oid AND d.deptype IN ('a', 'i') AND d.classid = 'pg_class'::regclass
     UNION ALL SELECT format('publication %s of %s', p.pubname, t.relname) FROM t JOIN pg_publication_rel r ON r.prrelid = t.oid JOIN pg_publication p ON p.oid = r.prpubid
