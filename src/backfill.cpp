@@ -189,6 +189,11 @@ char *typed_arrays_sql(const Mapping *m) {
     return pstrdup(sql.c_str());
 }
 
+// The types of those arrays.
+void array_types(const Mapping *m, Oid *types) {
+    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+}
+
 KeyArrays typed_arrays(const Mapping *m, Datum keys) {
     const Oid types[1] = {TEXTARRAYOID};
     run_sql(typed_arrays_sql(m), 1, types, &keys);
@@ -231,7 +236,7 @@ bool lock_keys(const Mapping *m, KeyArrays keys) {
         .add(from_dest)
         .add(")");
     Oid types[INDEX_MAX_KEYS];
-    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    array_types(m, types);
     run_sql(sql.c_str(), m->nparams, types, keys);
     bool isnull;
     return DatumGetBool(SPI_getbinval(SPI_tuptable->vals[0], SPI_tuptable->tupdesc, 1, &isnull));
@@ -253,7 +258,7 @@ bool upsert_locked(const Mapping *m, KeyArrays keys) {
     from_not_locked(sql, m, condition);
     sql.add(")");
     Oid types[INDEX_MAX_KEYS];
-    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    array_types(m, types);
     SPIPlanPtr plan = SPI_prepare(sql.c_str(), m->nparams, types);
     if (plan == NULL) elog(ERROR, "SPI_prepare: %s", SPI_result_code_string(SPI_result));
     run_latest(plan, keys, NULL);
@@ -304,7 +309,7 @@ void copy_keys_by_query(const Mapping *m, Datum keys, Batch *batch, MemoryContex
     KeyArrays arrays = typed_arrays(m, keys);
     if (arrays == NULL) return;
     Oid types[INDEX_MAX_KEYS];
-    for (int i = 0; i < m->nparams; i++) types[i] = get_array_type(m->key[m->params[i]].origin_type);
+    array_types(m, types);
     run_sql(copy_sql(m, view_key_in_params(m)), m->nparams, types, arrays);
     read_answer(batch, result);
 }

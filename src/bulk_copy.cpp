@@ -168,12 +168,7 @@ void take_back(Copy *c) {
 void report(const Copy &c, Batch *batch) {
     batch->rows_done = c.total - c.nskipped;
     batch->rows_written = c.total - c.ndiscarded;
-    if (c.nskipped == 0) return;
-    int dims[2] = {c.nskipped, c.mapping->nparams}, lower[2] = {1, 1};
-    MemoryContext old = MemoryContextSwitchTo(c.result);
-    batch->skipped =
-        PointerGetDatum(construct_md_array(c.skipped, NULL, 2, dims, lower, TEXTOID, -1, false, TYPALIGN_INT));
-    MemoryContextSwitchTo(old);
+    if (c.nskipped > 0) batch->skipped = key_list(c.mapping, c.skipped, c.nskipped, c.result);
 }
 
 // ---- whether -------------------------------------------------------------------------------------------------------

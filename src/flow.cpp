@@ -66,7 +66,15 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
 // (SELECT v.* FROM view v WHERE <condition> FOR SHARE OF v)
 void held_rows(Sql &sql, const Mapping *m, const char *condition) {
     locked_rows(sql, m, condition, is_mutant(mutant::twice_not_held) ? "" : " FOR SHARE OF v");
-    sql.add(" ");
+}
+
+// INSERT INTO dest … SELECT … FROM view v WHERE <keys><also> ON CONFLICT …; where a key may stand twice, FROM locked v,
+// whose definition then comes first, behind `with`.
+void insert_held(Sql &sql, const Mapping *m, const char *with, const char *keys, const char *also = "") {
+    if (m->ambiguous) held_rows(sql.add(with), m, keys);
+    Sql condition;
+    condition.add(m->ambiguous ? "true" : keys).add(also);
+    insert_from(sql.add(" "), m, m->ambiguous ? "locked" : qualified(m->view), condition.c_str());
 }
 
 // SQL does not see the rows of a bulk copy that is under way.
@@ -120,11 +128,8 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
             });
             run_latest(update, keys, NULL);
         }
-        SPIPlanPtr upsert = kept_plan(m, &m->upsert, [&](Sql &sql) {
-            if (m->ambiguous) held_rows(sql.add("WITH "), m, view_key_in_params(m));
-            insert_from(sql, m, m->ambiguous ? "locked" : qualified(m->view),
-                        m->ambiguous ? "true" : view_key_in_params(m));
-        });
+        SPIPlanPtr upsert =
+            kept_plan(m, &m->upsert, [&](Sql &sql) { insert_held(sql, m, "WITH ", view_key_in_params(m)); });
         // An ambiguous key may stand in a row of somebody else's as well, and a partial mapping looks at dest's rows.
         if (m->ambiguous || m->partial)
             run_latest(upsert, keys, NULL);
@@ -156,12 +161,9 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     as_dest_owner(m, 0, [&] {
         auto build = [&](Sql &sql) {
             delete_missing(sql.add("WITH removed AS ("), m, dest_key_in_params(m));
-            sql.add(" RETURNING 1)");
-            const char *keys = view_key_in_params(m, m->nparams + 1);
-            if (m->ambiguous) held_rows(sql.add(", "), m, keys);
-            Sql condition;  // it makes the DELETE come first: what it frees, the INSERT may take
-            condition.add(m->ambiguous ? "true" : keys).add(" AND (SELECT count(*) FROM removed) >= 0");
-            insert_from(sql.add(" "), m, m->ambiguous ? "locked" : qualified(m->view), condition.c_str());
+            // The condition makes the DELETE come first: what it frees, the INSERT may take.
+            insert_held(sql.add(" RETURNING 1)"), m, ", ", view_key_in_params(m, m->nparams + 1),
+                        " AND (SELECT count(*) FROM removed) >= 0");
         };
         run_latest(kept_plan(m, &m->replace, build, 2), keys, NULL);
     });

@@ -73,4 +73,13 @@ void key_texts(const Mapping *m, TupleTableSlot *row, Datum *texts) {
     }
 }
 
+Datum key_list(const Mapping *m, Datum *texts, int n, MemoryContext result) {
+    int dims[2] = {n, m->nparams}, lower[2] = {1, 1};
+    MemoryContext old = MemoryContextSwitchTo(result);
+    const Datum list =
+        PointerGetDatum(construct_md_array(texts, NULL, 2, dims, lower, TEXTOID, -1, false, TYPALIGN_INT));
+    MemoryContextSwitchTo(old);
+    return list;
+}
+
 }  // namespace migrate

@@ -17,4 +17,7 @@ void compare_row(ScanKey condition, const Mapping *mapping, Relation index, Stra
 // settings): mapping->nparams of them, in the current memory context.
 void key_texts(const Mapping *mapping, TupleTableSlot *row, Datum *texts);
 
+// The texts of n keys as one list, text[] (2-D), in the memory context `result`.
+Datum key_list(const Mapping *mapping, Datum *texts, int n, MemoryContext result);
+
 }  // namespace migrate

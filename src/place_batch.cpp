@@ -44,13 +44,7 @@ Datum keys_in_place(const Mapping *m, Batch *batch, MemoryContext result) {
     ExecDropSingleTupleTableSlot(row);
     UnregisterSnapshot(snapshot);
     table_close(origin, NoLock);
-    if (n == 0) return (Datum)0;
-    int dims[2] = {n, m->nparams}, lower[2] = {1, 1};
-    MemoryContext old = MemoryContextSwitchTo(result);
-    const Datum list =
-        PointerGetDatum(construct_md_array(keys, NULL, 2, dims, lower, TEXTOID, -1, false, TYPALIGN_INT));
-    MemoryContextSwitchTo(old);
-    return list;
+    return n == 0 ? (Datum)0 : key_list(m, keys, n, result);
 }
 
 void copy_places_by_query(const Mapping *m, Batch *batch, MemoryContext result) {

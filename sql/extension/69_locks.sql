@@ -80,15 +80,16 @@ DECLARE
 BEGIN
     PERFORM pg_stat_clear_snapshot();
     FOR b IN SELECT a.pid, migrate._describe_backend(caller, a.pid) AS description,
-                    CASE WHEN a.state LIKE 'idle in transaction%' THEN 'its session is ended' ELSE 'its statement is cancelled' END AS what
-             FROM pg_stat_activity a WHERE a.pid = ANY (pids) AND a.xact_start <= there_since AND migrate._may_signal(caller, a.usesysid)
+                    i.idle, CASE WHEN i.idle THEN 'its session is ended' ELSE 'its statement is cancelled' END AS what
+             FROM pg_stat_activity a CROSS JOIN LATERAL (SELECT a.state LIKE 'idle in transaction%' AS idle) i
+             WHERE a.pid = ANY (pids) AND a.xact_start <= there_since AND migrate._may_signal(caller, a.usesysid)
                AND (a.backend_type = 'client backend' OR a.backend_type = 'autovacuum worker' AND a.query NOT LIKE '%to prevent wraparound%') ORDER BY a.pid LOOP
         IF clock_timestamp() < due THEN
             RAISE NOTICE 'in the way of migration "%": %; in % %', m.name, b.description, migrate._seconds(due - clock_timestamp()), b.what;
             CONTINUE;
         END IF;
         RAISE WARNING 'in the way of migration "%": %; %', m.name, b.description, b.what;
-        PERFORM CASE WHEN b.what ~ 'session' THEN pg_terminate_backend(b.pid) ELSE pg_cancel_backend(b.pid) END;
+        PERFORM CASE WHEN b.idle THEN pg_terminate_backend(b.pid) ELSE pg_cancel_backend(b.pid) END;
         PERFORM migrate._event(m, caller, 'blocker ended', format('option cancel_blockers: %s; %s', b.description, b.what));
     END LOOP;
 END $$;
