@@ -171,10 +171,12 @@ copy_server() {
     # Debian's PostgreSQL 13 relocates like any other, but its pg_config says where the package has put things.
     if [ "$("$BIN/pg_config" --sharedir)" = "$sharedir" ]; then
         as_user mv "$BIN/pg_config" "$BIN/pg_config.package"
+        # (Its folders are told by its own place, so that a copy of all this is a server of its own, too.)
         { echo '#!/bin/bash'
-          printf '"%s" "$@" | sed -E' "$BIN/pg_config.package"
+          printf 'root=${0%%%s}\n' "${bindir#"$prefix"}/pg_config"
+          printf '"$0.package" "$@" | sed -E'
           for folder in "$bindir" "$pkglibdir" "$sharedir" "$includedir"; do
-              printf " -e 's:(^|= )%s(/|\$):\\\\1%s\\\\2:'" "$folder" "$T/pg${folder#"$prefix"}"
+              printf ' -e "s:(^|= )%s(/|\$):\\1$root%s\\2:"' "$folder" "${folder#"$prefix"}"
           done; echo; } | as_user tee "$BIN/pg_config" >/dev/null
         as_user chmod 755 "$BIN/pg_config"
     fi
@@ -210,8 +212,6 @@ build_variant() {
     tar -C "$TREE" --exclude='*.o' --exclude='*.d' --exclude='*.so' --exclude='*.bc' --exclude='./migrate_ext--*.sql' -cf - . |
         as_user tar -C "$T/tree_$name" -xf - || return
     config=$(variant_pg_config "$name")
-    # Where pg_config is a script of ours (PostgreSQL 13), it names folders.
-    if [ -e "$config.package" ]; then as_user sed -i "s:$T/pg/:$T/pg_$name/:g" "$config"; fi
     as_user make -C "$T/tree_$name" -j2 PG_CONFIG="$config" with_llvm=no "$@" all install >"$T/log/build.$name.log" 2>&1 &&
         as_user touch "$T/pg_$name/built"
 }
