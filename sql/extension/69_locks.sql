@@ -72,11 +72,13 @@ $$;
 
 -- Cancels the statement of each of these backends, or ends its session where it is idle in a transaction, for then there is nothing to
 -- cancel. Only who has been there since then, is no process of the server's own but autovacuum (which may go on later, unless it
--- prevents a wraparound), and may be signalled by the caller. All are named: before it is due, too.
-CREATE FUNCTION migrate._end_blockers(m migrate._migration, caller regrole, pids integer[], there_since timestamptz, due timestamptz) RETURNS void
+-- prevents a wraparound), and may be signalled by the caller. All are named: before it is due, too. Gives until when to go on trying
+-- if that is later than the deadline: nobody is to be ended for nothing, and even a session that is ended needs a moment to go.
+CREATE FUNCTION migrate._end_blockers(m migrate._migration, caller regrole, pids integer[], there_since timestamptz, due timestamptz) RETURNS timestamptz
 LANGUAGE plpgsql STRICT AS $$
 DECLARE
     b record;
+    last timestamptz;
 BEGIN
     PERFORM pg_stat_clear_snapshot();
     FOR b IN SELECT a.pid, migrate._describe_backend(caller, a.pid) AS description,
@@ -91,7 +93,9 @@ BEGIN
         RAISE WARNING 'in the way of migration "%": %; %', m.name, b.description, b.what;
         PERFORM CASE WHEN b.idle THEN pg_terminate_backend(b.pid) ELSE pg_cancel_backend(b.pid) END;
         PERFORM migrate._event(m, caller, 'blocker ended', format('option cancel_blockers: %s; %s', b.description, b.what));
+        last := due + interval '5 s';
     END LOOP;
+    RETURN last;
 END $$;
 
 -- Whether this transaction keeps the application waiting already, as a second switch in one transaction does. (The application
@@ -134,6 +138,7 @@ DECLARE
     crossed integer;
     in_the_way integer[];
     ends_blockers_at timestamptz := migrate._ends_blockers_at(m.id, dry_run);
+    until timestamptz;
 BEGIN
     attempts := 0;
     blockers := '{}';
@@ -159,7 +164,9 @@ BEGIN
         END;
         blockers := coalesce(present, blockers);
         IF ends_blockers_at IS NOT NULL AND crossed IS NULL AND (attempts = 1 OR clock_timestamp() >= ends_blockers_at) THEN
-            PERFORM migrate._end_blockers(m, caller, in_the_way, attempt_began, ends_blockers_at);
+            until := migrate._end_blockers(m, caller, in_the_way, attempt_began, ends_blockers_at);
+            last := greatest(last, until);
+            pause_ms := CASE WHEN until IS NULL THEN pause_ms ELSE least(pause_ms, 200) END;
         END IF;
         -- (Who waits for what this transaction holds already cannot go away before it.)
         EXIT WHEN crossed IS NOT NULL OR clock_timestamp() + pause_ms * interval '1 ms' > last;

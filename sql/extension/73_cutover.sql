@@ -90,14 +90,15 @@ LANGUAGE plpgsql AS $$
 DECLARE
     began timestamptz := clock_timestamp();
     ends_blockers_at timestamptz := migrate._ends_blockers_at(m.id, dry_run);
+    last timestamptz := deadline;
     pids integer[];
     step timestamptz;
 BEGIN
     -- Named after a moment, ended when that is due, and at last waited for as long as it may take.
-    FOREACH step IN ARRAY CASE WHEN ends_blockers_at IS NULL THEN ARRAY[deadline] ELSE ARRAY[least(began + interval '100 ms', ends_blockers_at), ends_blockers_at, deadline] END LOOP
-        pids := migrate._old_snapshots(greatest(extract(epoch FROM least(step, deadline) - clock_timestamp()) * 1000, 0)::bigint);
-        EXIT WHEN pids = '{}' OR clock_timestamp() >= deadline;
-        PERFORM migrate._end_blockers(m, caller, pids, began, ends_blockers_at);
+    FOREACH step IN ARRAY CASE WHEN ends_blockers_at IS NULL THEN ARRAY[last] ELSE ARRAY[least(began + interval '100 ms', ends_blockers_at), ends_blockers_at, NULL] END LOOP
+        pids := migrate._old_snapshots(greatest(extract(epoch FROM least(step, last) - clock_timestamp()) * 1000, 0)::bigint);
+        EXIT WHEN pids = '{}' OR clock_timestamp() >= last;
+        last := greatest(last, migrate._end_blockers(m, caller, pids, began, ends_blockers_at));
     END LOOP;
     IF pids = '{}' THEN
         RETURN;

@@ -54,6 +54,22 @@ is(is_there($pid), 0, 'he is gone');
 is(serves(), 'target', 'the target serves');
 like($node->safe_psql('postgres', "SELECT why FROM migrate.events WHERE kind = 'blocker ended'"), qr/^option cancel_blockers: PID $pid .*; its session is ended$/, 'the events name him');
 
+# Ended at an attempt that is the last one within cutover_timeout (after 0.6 s, when the next pause is longer than the 0.4 s left):
+# nobody is ended for nothing.
+sub timeouts
+{
+	my ($cutover_timeout, $cancel_blockers) = @_;
+	$node->safe_psql('postgres', "SELECT migrate.set('$m', 'cutover_timeout', '$cutover_timeout'), migrate.set('$m', 'cancel_blockers', '$cancel_blockers')");
+}
+timeouts('1000 ms', '600 ms');
+($idle, $pid) = holder('app', 'SELECT count(*) FROM profile');
+like(said("rollback('$m')"), qr/^cut_over -> ready.*PID $pid .*; its session is ended/s, 'who has ended somebody goes on trying');
+timeouts('301 ms', '300 ms');
+($idle, $pid) = holder('app', 'SET TRANSACTION ISOLATION LEVEL REPEATABLE READ', 'SELECT 1');
+like(said("cutover('$m')"), qr/^(ready -> cut_over.*its session is ended|psql.*could not cut over within)/s, 'or waiting, where it was still time to end him');
+timeouts('1500 ms', '500 ms');
+$node->safe_psql('postgres', "SELECT migrate.cutover('$m')") if serves() eq 'source';
+
 # Who is at work keeps his session.
 my $query = "BEGIN; UPDATE user_profiles SET display_name = 'uncommitted' WHERE user_id = 1; SELECT pg_sleep(100)";
 my $run = IPC::Run::start([ 'psql', '-X', '-U', 'app', '-d', $node->connstr('postgres'), '-c', $query, '-c', 'ROLLBACK', '-c', "SELECT 'still here'" ], '>', \my $out, '2>', \my $error);
