@@ -3,14 +3,15 @@
 
 seconds=24
 
-# The application's statements: $1, and $2 which is written to.
+# The application's statements: relation $1, key $2 and a column $3.
 client_scripts() {
-    printf '\\set id random(1, %s)\nSELECT display_name, bio FROM %s WHERE user_id = :id;\n' "$table_rows" "$1" >"$T/tmp/read.sql"
-    printf '\\set id random(1, %s)\n'"UPDATE %s SET display_name = 'name ' || :client_id WHERE user_id = :id;\n" "$table_rows" "$1" >"$T/tmp/write.sql"
+    local key="\\set id random(1, $table_rows)"
+    printf '%s\n' "$key" "SELECT $3, bio FROM $1 WHERE $2 = :id;" >"$T/tmp/read.sql"
+    printf '%s\n' "$key" "UPDATE $1 SET $3 = 'name ' || :client_id WHERE $2 = :id;" >"$T/tmp/write.sql"
 }
 
 # Reads $1, and stays in the way for five seconds.
-stay_in_the_way() { ask "BEGIN; SELECT count(*) FROM $1 WHERE user_id = 1; SELECT pg_sleep(5); COMMIT" >/dev/null; }
+stay_in_the_way() { ask "BEGIN; SELECT count(*) FROM $1; SELECT pg_sleep(5); COMMIT" >/dev/null; }
 
 # under_load WHAT WAY RELATION THERE BACK: eight clients; somebody stays in the way twice, and each time a second later comes
 # the statement THERE or BACK.
@@ -36,18 +37,30 @@ under_load() {
     tail -1 "$T/switches" | awk -F '|' -v runs="$runs" '{ printf "   %s/%s  %-34s %-40s %9d transactions, 99.9 %% within %.1f ms, worst %.1f ms, %d failed\n", $3, runs, $1, $2, $4, $5, $6, $7 }'
 }
 
+# The same load without a switch and with one of MIGRATION, to and fro.
+both_ways() {
+    local what=$1 relation=$2 migration=$3
+    under_load "$what" 'no switch' "$relation" 'SELECT pg_sleep(4)' 'SELECT pg_sleep(4)' &&
+        under_load "$what" '**cutover, then rollback**' "$relation" "SELECT migrate.cutover('$migration')" "SELECT migrate.rollback('$migration')"
+}
+
 bench_switch() {
     table_rows=$((rows < 100000 ? rows : 100000))
     : >"$T/switches"
-    ask "CALL make_users('users_switched', $table_rows)" && ask "CALL make_profiles('profiles_switched', 'users_switched')" &&
-        ask "SELECT migrate.define('switch', 'users_switched', 'profiles_switched', '$mapping', reverse => 'user_id AS id, display_name AS name, bio, created_at', on_target_delete => 'delete');
-             SELECT migrate.add_view('switch', 'profile'), migrate.start('switch')" >/dev/null && ask "CALL migrate.wait('switch')" >/dev/null || return
-    client_scripts profile
+    ask "CALL make_users('users_viewed', $table_rows); CALL make_profiles('profiles_viewed', 'users_viewed');
+         CALL make_users('users_swapped', $table_rows); CALL make_users('users_wide', 0)" &&
+        ask "SELECT migrate.define('viewed', 'users_viewed', 'profiles_viewed', '$mapping', reverse => 'user_id AS id, display_name AS name, bio, created_at', on_target_delete => 'delete');
+             SELECT migrate.add_view('viewed', 'profile'), migrate.start('viewed');
+             SELECT migrate.define('swapped', 'users_swapped', 'users_wide', on_target_delete => 'delete');
+             SELECT migrate.set('swapped', 'cutover', 'swap'), migrate.start('swapped')" >/dev/null &&
+        ask "CALL migrate.wait('viewed')" >/dev/null && ask "CALL migrate.wait('swapped')" >/dev/null || return
     for run in $(seq "$runs"); do
-        under_load 'through a view' 'no switch' profile 'SELECT pg_sleep(4)' 'SELECT pg_sleep(4)' || return
-        under_load 'through a view' '**cutover, then rollback**' profile "SELECT migrate.cutover('switch')" "SELECT migrate.rollback('switch')" || return
+        client_scripts profile user_id display_name
+        both_ways 'through a view' profile viewed || return
+        client_scripts users_swapped id name
+        both_ways 'by swap, by table name' users_swapped swapped || return
     done
-    ask "SELECT migrate.cancel('switch'), migrate.drop('switch')" >/dev/null
+    ask "SELECT migrate.cancel(m), migrate.drop(m) FROM unnest('{viewed,swapped}'::text[]) m" >/dev/null
 }
 
 # Medians, and of the pairs within each run what the switch added to the worst, and the ratio of the 99.9th percentiles.

@@ -154,6 +154,7 @@ sub switch_to
 			$self->move_on unless $busy;
 			$self->flag('switched', 1);
 			$self->{count}{switches}++;
+			$self->{count}{swaps}++ if $self->{schema}{swap};
 			return 1;
 		}
 		$self->verb($call);
@@ -192,17 +193,17 @@ sub migrate
 	my $skip = $schema->{deferrable} ? ", skip => '{reverse}'" : '';
 	$self->flag($_, 0) for qw(switching target_writable);
 	# (Not under load at the first: it would queue in front of the application.)
-	$self->connect->do(CheckerOracle->detach_sql($schema, 't')) if $schema->{plain_target} && $self->{cycle} > 1;
+	$self->connect->do(CheckerOracle->detach_sql($schema, 't')) if $schema->{plain_target} && !$schema->{swap} && $self->{cycle} > 1;
 	$self->connect->do($self->{cycle} > 1 ? 'TRUNCATE t' : 'SELECT') && $self->{db}->do($schema->define_sql($m)) or return $self->fault('define: ' . $self->{db}->errstr);
 	$self->verb("set('$m', 'batch_size', '" . (10 + int rand 40) . "')");
 	$self->verb("set('$m', 'sleep', '" . int(rand 15) . " ms')");
-	$self->flag('view_writable', $schema->{bare} && !$schema->{deferrable});
+	$self->flag('view_writable', $schema->{bare} && !$schema->{deferrable} && !$schema->{swap});
 	$self->move_on;
 	$self->switch_to("start('$m')", 'dual_writing|backfilling|validating|shadowing|ready');
 	return unless $self->reach('ready', 1);
 	$self->{count}{'copied by place'} += $self->one("SELECT count(*) FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE m.name = '$m' AND f.by_place");
-	$self->route;
-	if ($schema->{plain_target})
+	$self->route unless $schema->{swap};
+	if ($schema->{plain_target} && !$schema->{swap})
 	{
 		$self->come_to_rest or return;
 		$self->connect->do(CheckerOracle->attach_sql($schema, 't')) or return $self->fault('attach: ' . $self->{db}->errstr);
@@ -213,12 +214,12 @@ sub migrate
 	for (1 .. 1 + int rand 5)
 	{
 		last if time() > $self->{until} || $self->failed;
-		$self->flag('target_writable', 1) unless $schema->{deferrable};
+		$self->flag('target_writable', 1) unless $schema->{deferrable} || $schema->{swap};
 		sleep rand 2;
 		$self->disturb if rand() < 0.3;
 		return unless $self->switch_to("rollback('$m'$skip)", 'ready');
 		sleep rand 1;
-		$self->route if rand() < 0.7;
+		$self->route if !$schema->{swap} && rand() < 0.7;
 		$self->disturb if rand() < 0.2;
 		return unless $self->switch_to("cutover('$m')", 'cut_over');
 	}
@@ -284,7 +285,8 @@ sub compare_strictly
 	my $pending = 'SELECT (SELECT count(*) FROM migrate._failure) + (SELECT count(*) FROM migrate._requeue)';
 	my $until = time() + 60;
 	while (($self->one($pending) // 1) > 0 && time() < $until) { $self->verb("start('$self->{migration}')"); sleep 0.1 }
-	my ($s, $t) = map { 'SELECT ' . $self->{schema}->shape($_, 'x') . " FROM $_ x" } 's', 't';
+	$self->connect && $self->find_other;
+	my ($s, $t) = map { 'SELECT ' . $self->{schema}->shape($_->[0], 'x') . " FROM $_->[1] x" } [ 's', 's' ], [ 't', $self->{schema}{other} ];
 	my $queries = CheckerOracle->queries($self->{schema});
 	$queries->{'keys that still wait'} = 'SELECT flow, direction, key, sqlstate, object FROM migrate._failure UNION ALL SELECT flow, NULL, key, NULL, NULL FROM migrate._requeue';
 	$queries->{'rows that the target has not'} = "($s) EXCEPT ALL ($t)";

@@ -114,7 +114,7 @@ SQL
 sub queries
 {
 	my ($class, $schema, $flow, $phase) = @_;
-	my ($s, $t) = map { 'SELECT ROW(' . $schema->shape($_, 'x') . ")::text AS row FROM $_ x" } 's', 't';
+	my $s = $class->rows($schema);
 	my %query = (
 		'a lost update: versions taken away twice' => 'SELECT old_ver, count(*), string_agg(concat_ws(\' \', side, tag, new_ver), \', \') FROM app_log WHERE old_ver IS NOT NULL GROUP BY old_ver HAVING count(*) > 1',
 		'rows of the source that no acknowledged write explains' => $class->difference($s, $class->living),
@@ -123,10 +123,13 @@ sub queries
 	{
 		$query{'rows that differ'} = $class->differing($schema, $flow, $phase);
 		$query{'rows that only the target has'} = $class->ghosts($schema, $flow);
-		$query{'what the view for reading shows'} = $class->misread($schema, $flow);
+		$query{'what the view for reading shows'} = $class->misread($schema, $flow) unless $schema->{swap};
 	}
 	return \%query;
 }
+
+# The application's rows, under the name that it knows.
+sub rows { my ($class, $schema) = @_; return 'SELECT ROW(' . $schema->shape('s', 'x') . ')::text AS row FROM s x'; }
 
 sub difference { my ($class, $one, $other) = @_; return "($one) EXCEPT ALL ($other)"; }
 sub living { return 'SELECT p.row FROM app_log p WHERE p.new_ver IS NOT NULL AND NOT EXISTS (SELECT FROM app_log c WHERE c.old_ver = p.new_ver)'; }
@@ -145,11 +148,11 @@ sub differing
 {
 	my ($class, $schema, $flow, $phase) = @_;
 	my ($s, $t) = map { 'ROW(' . $schema->shape($_->[0], $_->[1]) . ')' } [ 's', 's' ], [ 't', 't' ];
-	my $join = '(' . $schema->columns('s') . ') = (' . $schema->columns('t') . ')';
+	my $join = $class->same_key($schema, 't');
 	my $key = $class->key_text($schema, 's', 's');
 	my @types = map { $_ eq 'integer' ? 'int' : $_ } @{ $schema->{types} };
 	my $bound = sub { my ($array) = @_; '(' . join(', ', map { "($array)[" . ($_ + 1) . "]::$types[$_]" } 0 .. $#types) . ')' };
-	my $columns = '(' . $schema->columns('s') . ')';
+	my $columns = '(' . join(', ', map { "s.$_" } @{ $schema->{source_key} }) . ')';
 	my ($reached, $high) = map { $bound->($_) } 'coalesce(r.checkpoint, r.low)', 'r.high';
 	my $ahead = $phase eq 'dual_writing' ? 'true' : <<"SQL";
 EXISTS (SELECT FROM migrate._range r JOIN migrate._flow f ON f.id = r.flow WHERE r.flow = $flow AND NOT r.done AND CASE WHEN f.by_place
@@ -161,7 +164,7 @@ SQL
 	my $failed = $class->has_failed($schema, $flow, 's', 's');
 	my $target_key = $schema->{target_key}[0];
 	return <<"SQL";
-SELECT $s AS source, CASE WHEN t.$target_key IS NOT NULL THEN $t END AS target FROM s LEFT JOIN t ON $join
+SELECT $s AS source, CASE WHEN t.$target_key IS NOT NULL THEN $t END AS target FROM s LEFT JOIN $schema->{other} t ON $join
 WHERE $s IS DISTINCT FROM $t AND NOT (t.$target_key IS NULL AND ($ahead)) AND NOT $failed
 SQL
 }
@@ -173,7 +176,7 @@ sub misread
 	my ($s, $x) = map { 'ROW(' . $schema->shape($_->[0], $_->[1]) . ')' } [ 's', 's' ], [ 't', 'x' ];
 	my ($of_s, $of_x) = map { 'coalesce(' . $class->has_failed($schema, $flow, @$_) . ', false)' } [ 's', 's' ], [ 't', 'x' ];
 	my ($source_key, $target_key) = ($schema->{source_key}[0], $schema->{target_key}[0]);
-	my $join = '(' . $schema->columns('s') . ') = (' . $schema->columns('t') . ')';
+	my $join = $class->same_key($schema, 'x');
 	return <<"SQL";
 SELECT CASE WHEN s.$source_key IS NOT NULL THEN $s END AS source, CASE WHEN x.$target_key IS NOT NULL THEN $x END AS shown FROM s FULL JOIN shown_read x ON $join
 WHERE (s.$source_key IS NULL OR x.$target_key IS NULL OR $s IS DISTINCT FROM $x) AND NOT $of_s AND NOT $of_x
@@ -184,9 +187,23 @@ sub ghosts
 {
 	my ($class, $schema, $flow) = @_;
 	my $row = $schema->shape('t', 't');
-	my $join = '(' . $schema->columns('s') . ') = (' . $schema->columns('t') . ')';
+	my $join = $class->same_key($schema, 't');
 	my $failed = $class->has_failed($schema, $flow, 't', 't');
-	return "SELECT ROW($row) FROM t WHERE NOT EXISTS (SELECT FROM s WHERE $join) AND NOT $failed";
+	return "SELECT ROW($row) FROM $schema->{other} t WHERE NOT EXISTS (SELECT FROM s WHERE $join) AND NOT $failed";
+}
+
+sub same_key
+{
+	my ($class, $schema, $alias) = @_;
+	return join ' AND ', map { "s.$schema->{source_key}[$_] = $alias.$schema->{target_key}[$_]" } 0 .. $#{ $schema->{source_key} };
+}
+
+# What the table that a swap gives the source's name shows, against what the application has noted, in an old snapshot.
+sub table_queries
+{
+	my ($class, $schema) = @_;
+	my $rows = $class->rows($schema);
+	return { 'rows that the table does not show' => $class->difference($class->living, $rows), 'rows that only the table shows' => $class->difference($rows, $class->living) };
 }
 
 # What the view that cutover switches shows, against the source in the same snapshot.
@@ -194,7 +211,7 @@ sub view_queries
 {
 	my ($class, $schema) = @_;
 	my $shown = 'SELECT ROW(' . $schema->shape('t', 'x') . ')::text AS row FROM shown x';
-	my $s = 'SELECT ROW(' . $schema->shape('s', 'x') . ')::text AS row FROM s x';
+	my $s = $class->rows($schema);
 	return { 'rows that the view does not show' => $class->difference($s, $shown), 'rows that only the view shows' => $class->difference($shown, $s) };
 }
 

@@ -54,12 +54,22 @@ sub end_prepared
 sub begin
 {
 	my ($self) = @_;
-	return $self->connect && $self->{db}->do(<<'SQL');
+	return $self->connect && $self->find_other && $self->{db}->do(<<"SQL");
 BEGIN ISOLATION LEVEL REPEATABLE READ;
 SET LOCAL lock_timeout = '1 s';
-LOCK TABLE s, t IN ACCESS SHARE MODE;
+LOCK TABLE s, $self->{schema}{other} IN ACCESS SHARE MODE;
 SET LOCAL lock_timeout = 0;
 SQL
+}
+
+# The name that the table beside s has now. (Once both are locked it keeps it.)
+sub find_other
+{
+	my ($self) = @_;
+	return 1 unless $self->{schema}{swap};
+	my ($name) = $self->{db}->selectrow_array("SELECT CASE WHEN to_regclass('t') IS NULL THEN 's_old' ELSE 't' END");
+	$self->{schema}{other} = $name if defined $name;
+	return defined $name;
 }
 
 # Runs the queries, by name; whatever one of them gives is a fault.
@@ -102,11 +112,13 @@ sub look
 	return;
 }
 
-# A transaction that began in the backfill reads the view after the switch: what it sees is its own snapshot's.
+# A transaction that began in the backfill reads the view after the switch: what it sees is its own snapshot's. (Under swap it reads the
+# table, which it has not locked before.)
 sub old_snapshot
 {
 	my ($self) = @_;
-	$self->begin or return;
+	my $swap = $self->{schema}{swap};
+	($swap ? $self->connect && $self->{db}->do('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT FROM app_tx LIMIT 1') : $self->begin) or return;
 	my ($phase) = $self->migration;
 	my $until = time() + ($phase && $phase =~ /backfilling|validating/ ? 6 : rand 1.5);
 	# (The driver says when it has switched: asking the server would show this snapshot's answer.)
@@ -115,8 +127,9 @@ sub old_snapshot
 	my $changed = sub { return $switches->() > $before };
 	sleep 0.02 while time() < $until && !$changed->() && !-e "$self->{dir}/stop" && !-e "$self->{dir}/pause";
 	my ($view) = $self->{db}->selectrow_array("SELECT to_regclass('shown')");
-	return unless $view && !-e "$self->{dir}/pause";
-	return unless $self->expect_nothing(CheckerOracle->view_queries($self->{schema}), 'the view, in a snapshot of phase ' . ($phase // 'none') . ($changed->() ? ', after a switch' : ''));
+	return unless ($view || $swap) && !-e "$self->{dir}/pause";
+	my $queries = $swap ? CheckerOracle->table_queries($self->{schema}) : CheckerOracle->view_queries($self->{schema});
+	return unless $self->expect_nothing($queries, 'what switches, in a snapshot of phase ' . ($phase // 'none') . ($changed->() ? ', after a switch' : ''));
 	$self->{db}->do('COMMIT') or return;
 	$self->{count}{ 'views read' . ($changed->() ? ' across a switch' : '') }++;
 	return;

@@ -29,17 +29,19 @@ sub new
 	$self->{partitioned} = $shape == 1;
 	$self->{deferrable} = $shape == 2;
 	$self->{unique} = $shape == 3 || $shape == 0 && rand() < 0.3;
-	$self->{foreign_key} = !$self->{deferrable} && rand() < 0.5;
-	$self->{bare} = rand() < 0.5;    # no expression in the mapping: then the view can be written
+	$self->{swap} = $shape == (int($seed / 4) % 2 ? 0 : 3);    # cutover by swap: both tables have the same columns
+	$self->{other} = 't';    # the table beside s; after a swap, under another name
+	$self->{foreign_key} = !$self->{deferrable} && !$self->{swap} && rand() < 0.5;
+	$self->{bare} = $self->{swap} || rand() < 0.5;    # no expression in the mapping: then the view can be written
 	$self->{triggers} = rand() < 0.8;
 	$self->{workers} = rand() < 0.3 ? 3 : 1;
 	$self->{preload} = rand() < 0.7 ? 1 : 0;
 	$self->{strict} = rand() < 0.3;
-	$self->{plain_target} = rand() < 0.6;    # no triggers on it until it is to serve
+	$self->{plain_target} = $self->{swap} || rand() < 0.6;    # no triggers on it until it is to serve
 	$self->{by_place} = $self->{plain_target} && !$self->{partitioned} && !$self->{deferrable} && rand() < 0.5;
 	my $n = @{ $self->{types} };
 	$self->{source_key} = $n == 1 ? ['k'] : [ 'a', 'b' ];
-	$self->{target_key} = $n == 1 ? ['tk'] : [ 'ta', 'tb' ];
+	$self->{target_key} = $self->{swap} ? $self->{source_key} : $n == 1 ? ['tk'] : [ 'ta', 'tb' ];
 	$self->order_keys;
 	return $self;
 }
@@ -63,7 +65,7 @@ sub order_keys
 sub describe
 {
 	my ($self) = @_;
-	return join ', ', "key $self->{kind}", map { $self->{$_} ? $_ : () } qw(partitioned deferrable unique foreign_key bare triggers preload strict plain_target by_place);
+	return join ', ', "key $self->{kind}", map { $self->{$_} ? $_ : () } qw(swap partitioned deferrable unique foreign_key bare triggers preload strict plain_target by_place);
 }
 
 # The literals of a key, in the order of the side's columns, and conditions on them.
@@ -96,13 +98,13 @@ sub rank_of
 }
 
 # The value columns of one side, as statements write them: text, number and (sometimes) the unique number.
-sub value_columns { my ($self, $side) = @_; return ($side eq 's' ? 'v' : 'val', 'n', $self->{unique} ? ('u') : ()); }
+sub value_columns { my ($self, $side) = @_; return ($side eq 's' || $self->{swap} ? 'v' : 'val', 'n', $self->{unique} ? ('u') : ()); }
 
 # One side's rows as the target shows them: key columns, value, n, u, version. Long values by their digest.
 sub shape
 {
 	my ($self, $side, $row) = @_;
-	my $value = $side eq 's' ? "$row.v" : "$row.val";
+	my $value = "$row." . ($self->value_columns($side))[0];
 	$value = "coalesce($value, '')" if $side eq 's' && !$self->{bare};
 	my $u = $self->{unique} ? "$row.u" : 'NULL::bigint';
 	my $key = join ', ', map { "$row.$_" } @{ $self->{ $side eq 's' ? 'source_key' : 'target_key' } };
@@ -121,7 +123,9 @@ sub create_sql
 	my $u = $self->{unique} ? ', u bigint UNIQUE' : '';
 	my $deferrable = $self->{deferrable} ? 'DEFERRABLE' : '';
 	my $partition = $self->{partitioned} ? "PARTITION BY HASH ($s_key)" : '';
-	my $value = $self->{bare} ? 'val text' : "val text NOT NULL DEFAULT ''";
+	my ($column) = $self->value_columns('t');
+	my $value = $self->{bare} ? "$column text" : "$column text NOT NULL DEFAULT ''";
+	my $junk = $self->{swap} ? ', junk text' : '';
 	my $reference = $self->{foreign_key} ? ', FOREIGN KEY (' . join(', ', @t) . ") REFERENCES s ($s_key)" : '';
 	my $sql = <<"SQL";
 CREATE ROLE data;
@@ -129,7 +133,7 @@ CREATE ROLE app LOGIN;
 GRANT CREATE, USAGE ON SCHEMA public TO data;
 SET ROLE data;
 CREATE TABLE s ($s_columns, v text, n integer, junk text $u, ver bigint NOT NULL DEFAULT 0, PRIMARY KEY ($s_key) $deferrable) $partition;
-CREATE TABLE t ($t_columns, $value, n integer $u, ver bigint NOT NULL DEFAULT 0, PRIMARY KEY ($t_key)$reference);
+CREATE TABLE t ($t_columns, $value, n integer$junk $u, ver bigint NOT NULL DEFAULT 0, PRIMARY KEY ($t_key)$reference);
 SQL
 	$sql .= join '', map { "CREATE TABLE s_$_ PARTITION OF s FOR VALUES WITH (MODULUS 3, REMAINDER $_);\n" } 0 .. 2 if $self->{partitioned};
 	my @initial = grep { $_ % 3 } @{ $self->{shared} };
@@ -151,13 +155,18 @@ sub define_sql
 	$mapping =~ s/'/''/g;
 	my $order = $self->{by_place} ? 'place' : 'key';
 	my $mode = $self->{strict} ? 'strict' : 'best_effort';
-	return <<"SQL";
+	my $define = $self->{swap} ? <<"SQL" : <<"SQL";
+SELECT migrate.define('$name', source => 's', target => 't', on_target_delete => 'delete');
+SELECT migrate.set('$name', 'cutover', 'swap');
+SQL
 SELECT migrate.define('$name', source => 's', target => 't', mapping => '$mapping', $reverse on_target_delete => 'delete');
 SELECT migrate.add_view('$name', view => 'shown');
 SELECT migrate.add_view('$name', view => 'shown_read', use => 'read');
+GRANT SELECT, INSERT, UPDATE, DELETE ON shown TO app;
+SQL
+	return $define . <<"SQL";
 SELECT migrate.set('$name', 'lock_timeout', '500 ms'), migrate.set('$name', 'cutover_timeout', '20 s'), migrate.set('$name', 'batch_time', '1 ms'),
     migrate.set('$name', 'workers', '$self->{workers}'), migrate.set('$name', 'dual_write', '$mode'), migrate.set('$name', 'copy_order', '$order');
-GRANT SELECT, INSERT, UPDATE, DELETE ON shown TO app;
 $accept
 SQL
 }

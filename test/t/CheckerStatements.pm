@@ -246,7 +246,7 @@ sub copy
 sub truncate
 {
 	my ($self, $side, $relation) = @_;
-	return $self->bulk_delete($side, $relation) if $relation eq 'shown' || $self->{schema}{foreign_key};
+	return $self->bulk_delete($side, $relation) if $relation eq 'shown' || $self->{schema}{foreign_key} || $self->{schema}{swap};
 	return ("SET LOCAL lock_timeout = '100 ms'", "TRUNCATE $relation", 'SET LOCAL lock_timeout = 0', $self->insert_new($side, $relation, 400));
 }
 

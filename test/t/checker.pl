@@ -100,8 +100,8 @@ CONF
 	my %sum = %{ $driver->{count} };
 	is(slurp("$dir/fault"), '', "seed $seed: nothing is wrong") or diag("to replay: MIGRATE_SEED=$seed (" . $schema->describe . ')');
 	check_acknowledged($node, $dir, \%sum);
-	note(sprintf 'seed %d: %d transactions, %d statements, %d rolled back, %d in two phases, %d copied by place, %d switches, %d crashes, %d snapshots compared',
-		$seed, map { $sum{$_} // 0 } 'committed', 'statements', 'rolled back', 'prepared', 'copied by place', 'switches', 'crashes', 'snapshots compared');
+	note(sprintf 'seed %d: %d transactions, %d statements, %d rolled back, %d in two phases, %d copied by place, %d switches (by swap: %d), %d crashes, %d snapshots compared',
+		$seed, map { $sum{$_} // 0 } 'committed', 'statements', 'rolled back', 'prepared', 'copied by place', 'switches', 'swaps', 'crashes', 'snapshots compared');
 	note(join ', ', map { "$_: $sum{$_}" } sort keys %sum);
 	$node->stop;
 	return !-s "$dir/fault";
