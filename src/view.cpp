@@ -1,10 +1,12 @@
 // The views that a switch replaces: reading a mapping view back as text, column by column, and finding the name that a
-// caller means by an unqualified one.
+// caller means by an unqualified one. And what is asked of relations so often that a query for it would be slow.
 #include "spi.hpp"
 #include "text.hpp"
 
 MIGRATE_FUNCTION(migrate_view_body)
 MIGRATE_FUNCTION(migrate_view_name)
+MIGRATE_FUNCTION(migrate_relation_name)
+MIGRATE_FUNCTION(migrate_table_owner)
 
 namespace migrate {
 namespace {
@@ -73,4 +75,18 @@ Datum migrate_view_name(PG_FUNCTION_ARGS) {
                        ObjectIdGetDatum(found)};
     bool nulls[3] = {false, false, !OidIsValid(found)};
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
+}
+
+// migrate._relation_name(relation regclass) RETURNS text: schema.name, quoted; NULL where there is none.
+Datum migrate_relation_name(PG_FUNCTION_ARGS) {
+    const char *name = get_rel_name(PG_GETARG_OID(0));
+    if (name == NULL) PG_RETURN_NULL();
+    const char *schema = get_namespace_name(get_rel_namespace(PG_GETARG_OID(0)));
+    PG_RETURN_DATUM(CStringGetTextDatum(quote_qualified_identifier(schema, name)));
+}
+
+// migrate._table_owner(relation regclass) RETURNS regrole: NULL where there is none.
+Datum migrate_table_owner(PG_FUNCTION_ARGS) {
+    if (!SearchSysCacheExists1(RELOID, PG_GETARG_DATUM(0))) PG_RETURN_NULL();
+    PG_RETURN_OID(owner_of(PG_GETARG_OID(0)));
 }

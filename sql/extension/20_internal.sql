@@ -8,7 +8,10 @@ CREATE FUNCTION migrate._raise(sqlstate text, message text, detail text DEFAULT 
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_raise';
 
 CREATE FUNCTION migrate._table_owner(relation regclass) RETURNS regrole
-LANGUAGE sql STABLE AS $$ SELECT relowner::regrole FROM pg_catalog.pg_class WHERE oid = relation $$;
+LANGUAGE C STABLE STRICT AS 'MODULE_PATHNAME', 'migrate_table_owner';
+
+CREATE FUNCTION migrate._relation_name(relation regclass) RETURNS text
+LANGUAGE C STABLE STRICT AS 'MODULE_PATHNAME', 'migrate_relation_name';
 
 -- A table, then its partitions of every depth. Row triggers are cloned to partitions by PostgreSQL; statement triggers are not.
 CREATE FUNCTION migrate._partition_tree(relation regclass) RETURNS SETOF regclass

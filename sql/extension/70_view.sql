@@ -1,4 +1,4 @@
--- Views that cutover switches. Both shapes are one thing: a view with the columns of one of the two tables (its `kin`: the target for
+-- Views that cutover switches. What runs under the switch's locks is C or PL/pgSQL, which is planned once a session, and before. Both shapes are one thing: a view with the columns of one of the two tables (its `kin`: the target for
 -- shape target, the source for shape source), which reads its kin bare or the other table through a mapping.
 
 CREATE FUNCTION migrate._view_body(view regclass, OUT expressions text[], OUT filter text)
@@ -6,11 +6,6 @@ LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_view_body';
 
 CREATE FUNCTION migrate._view_name(caller regrole, name text, search_path text, OUT schema text, OUT relation text, OUT existing regclass)
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_view_name';
-
-CREATE FUNCTION migrate._relation_name(relation regclass) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT format('%I.%I', n.nspname, c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = relation
-$$;
 
 -- The columns of a relation that a view of it shows: those of `attnums`, or all.
 CREATE FUNCTION migrate._columns_of(relation regclass, attnums int2[] DEFAULT NULL)
@@ -38,7 +33,8 @@ $$;
 
 -- Which column of the kin each column of the view is: by name; those that were renamed since, in their order.
 CREATE FUNCTION migrate._view_columns(view regclass, kin regclass, attnums int2[], OUT names text[], OUT nums int2[])
-LANGUAGE sql STABLE AS $$
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
     WITH shown AS (
         SELECT a.attnum AS place, a.attname, k.attnum FROM pg_attribute a
         LEFT JOIN migrate._columns_of(kin, attnums) k ON k.name = a.attname
@@ -49,15 +45,16 @@ LANGUAGE sql STABLE AS $$
         JOIN (SELECT u.attnum, row_number() OVER (ORDER BY u.attnum) AS i FROM unnest(attnums) AS u(attnum)
               WHERE u.attnum NOT IN (SELECT s.attnum FROM shown s WHERE s.attnum IS NOT NULL)) r USING (i)
     )
-    SELECT array_agg(s.attname::text ORDER BY s.place), array_agg(coalesce(s.attnum, r.attnum) ORDER BY s.place)
-    FROM shown s LEFT JOIN renamed r USING (place)
-$$;
+    SELECT array_agg(s.attname::text ORDER BY s.place), array_agg(coalesce(s.attnum, r.attnum) ORDER BY s.place) INTO names, nums
+    FROM shown s LEFT JOIN renamed r USING (place);
+END $$;
 
 -- SELECT <expression as the column's exact type> AS <name>, … FROM <origin> [WHERE …] of one mapping: a cast only where the types
 -- differ, for a column that is not bare cannot be written through the view.
 CREATE FUNCTION migrate._mapped_select(p migrate._mapping, names text[], nums int2[]) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT format('SELECT %s FROM %s%s',
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (SELECT format('SELECT %s FROM %s%s',
                   (SELECT string_agg(format('%s AS %I',
                               CASE WHEN a.atttypid <> k.atttypid OR a.atttypmod <> k.atttypmod
                                    THEN format('(%s)::%s', b.expressions[e.i], k.type) ELSE b.expressions[e.i] END
@@ -69,13 +66,14 @@ LANGUAGE sql STABLE AS $$
                    JOIN unnest(p.columns) WITH ORDINALITY AS e(num, i) ON e.num = n.num
                    JOIN pg_attribute a ON a.attrelid = p.view AND a.attnum = e.i),
                   migrate._relation_name(p.origin), coalesce(' WHERE ' || b.filter, ''))
-    FROM migrate._view_body(p.view) b
-$$;
+    FROM migrate._view_body(p.view) b);
+END $$;
 
 -- What the view reads while `side` (source or target) serves.
 CREATE FUNCTION migrate._view_select(flow integer, shape text, side text, names text[], nums int2[]) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT CASE
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN (SELECT CASE
         WHEN shape = side THEN
             (SELECT format('SELECT %s FROM %s', string_agg(format('%I AS %I', k.name, n.name), ', ' ORDER BY n.place), migrate._relation_name(r.kin))
              FROM unnest(names, nums) WITH ORDINALITY AS n(name, num, place) JOIN migrate._columns_of(r.kin) k ON k.attnum = n.num)
@@ -86,23 +84,41 @@ LANGUAGE sql STABLE AS $$
              JOIN migrate._flow w ON w.id = p.flow WHERE w.migration = f.migration AND w.target = f.target AND p.direction = 'forward')
         END
     FROM migrate._flow f, LATERAL (SELECT CASE shape WHEN 'target' THEN f.target ELSE f.source END AS kin) r
-    WHERE f.id = _view_select.flow
-$$;
+    WHERE f.id = _view_select.flow);
+END $$;
 
--- CREATE OR REPLACE keeps owner, grants and comments, but not the options: they are stated again.
-CREATE FUNCTION migrate._replace_view(v migrate._view, side text, caller regrole) RETURNS void
-LANGUAGE plpgsql AS $$
+-- The statement that lets the view read `side`; a view for reading that share of the keys, or those rows, from the target. CREATE OR
+-- REPLACE keeps owner, grants and comments, but not the options: they are stated again.
+CREATE FUNCTION migrate._replacement(v migrate._view, side text, percent numeric, predicate text) RETURNS text
+LANGUAGE plpgsql STABLE AS $$
 DECLARE
     shown record;
 BEGIN
+    SELECT * INTO shown FROM migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape));
+    RETURN format('CREATE OR REPLACE VIEW %s%s AS %s', migrate._relation_name(v.view), migrate._with_options(v.view),
+                  CASE v.use WHEN 'read' THEN migrate._read_select(v.flow, percent, predicate, shown.names, shown.nums)
+                             ELSE migrate._view_select(v.flow, v.shape, side, shown.names, shown.nums) END);
+END $$;
+
+CREATE FUNCTION migrate._percent_of(side text) RETURNS numeric
+LANGUAGE sql IMMUTABLE AS $$ SELECT CASE side WHEN 'target' THEN 100 ELSE 0 END $$;
+
+CREATE FUNCTION migrate._replace_view(v migrate._view, side text, caller regrole) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
     IF v.use = 'read' THEN
-        PERFORM migrate._route_view(v, CASE side WHEN 'target' THEN 100 ELSE 0 END, NULL, caller);
+        PERFORM migrate._route_view(v, migrate._percent_of(side), NULL, caller);
         RETURN;
     END IF;
-    SELECT * INTO shown FROM migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape));
-    EXECUTE format('CREATE OR REPLACE VIEW %s%s AS %s', migrate._relation_name(v.view), migrate._with_options(v.view),
-                   migrate._view_select(v.flow, v.shape, side, shown.names, shown.nums));
+    EXECUTE migrate._replacement(v, side, NULL, NULL);
     PERFORM migrate._lend_defaults(v, side);
+END $$;
+
+-- All that replacing the view reads, so that it is planned, and in the session's caches, before anybody waits for us.
+CREATE FUNCTION migrate._prepare_view(v migrate._view, side text) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    PERFORM migrate._replacement(v, side, migrate._percent_of(side), NULL), (SELECT count(*) FROM migrate._lendable_defaults(v));
 END $$;
 
 -- Switches a new view there and back, so that what would fail at cutover fails now; says what cannot be written.
@@ -153,6 +169,23 @@ LANGUAGE sql STABLE AS $$
     GROUP BY w.role, p.goes_to
 $$;
 
+-- Columns of the view that are bare columns of the source which have a default there; the view's own default; and whether the target's
+-- column has one.
+CREATE FUNCTION migrate._lendable_defaults(v migrate._view) RETURNS TABLE (shown name, attnum int2, expression text, own text, has_default boolean)
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN QUERY
+        SELECT w.attname, w.attnum, pg_get_expr(e.adbin, e.adrelid),
+               (SELECT pg_get_expr(x.adbin, x.adrelid) FROM pg_attrdef x WHERE x.adrelid = v.view AND x.adnum = w.attnum),
+               EXISTS (SELECT FROM pg_attribute t WHERE t.attrelid = f.target AND t.attnum = p.columns[u.i] AND (t.atthasdef OR t.attidentity <> ''))
+        FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward', LATERAL migrate._view_body(p.view) b,
+             unnest(b.expressions) WITH ORDINALITY AS u(expression, i), pg_attribute a JOIN pg_attrdef e ON e.adrelid = a.attrelid AND e.adnum = a.attnum,
+             LATERAL migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape)) c,
+             unnest(c.nums) WITH ORDINALITY AS n(num, place), pg_attribute w
+        WHERE f.id = v.flow AND a.attrelid = f.source AND a.attgenerated = '' AND u.expression = quote_ident(a.attname)
+          AND n.num = CASE v.shape WHEN 'target' THEN p.columns[u.i] ELSE a.attnum END AND w.attrelid = v.view AND w.attnum = n.place;
+END $$;
+
 -- While the target serves, an INSERT that leaves out a column gets the source's default where the target has none of its own. (While the source
 -- serves, its own defaults apply; and a column that cannot be written, for its type differs, must not have one.)
 CREATE FUNCTION migrate._lend_defaults(v migrate._view, side text) RETURNS void
@@ -161,18 +194,7 @@ DECLARE
     d record;
 BEGIN
     FOR d IN
-        WITH lent AS (
-            SELECT w.attname AS shown, w.attnum, pg_get_expr(e.adbin, e.adrelid) AS expression,
-                   (SELECT pg_get_expr(x.adbin, x.adrelid) FROM pg_attrdef x WHERE x.adrelid = v.view AND x.adnum = w.attnum) AS own,
-                   EXISTS (SELECT FROM pg_attribute t WHERE t.attrelid = f.target AND t.attnum = p.columns[u.i] AND (t.atthasdef OR t.attidentity <> '')) AS has_default
-            FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward', LATERAL migrate._view_body(p.view) b,
-                 unnest(b.expressions) WITH ORDINALITY AS u(expression, i), pg_attribute a JOIN pg_attrdef e ON e.adrelid = a.attrelid AND e.adnum = a.attnum,
-                 LATERAL migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape)) c,
-                 unnest(c.nums) WITH ORDINALITY AS n(num, place), pg_attribute w
-            WHERE f.id = v.flow AND a.attrelid = f.source AND a.attgenerated = '' AND u.expression = quote_ident(a.attname)
-              AND n.num = CASE v.shape WHEN 'target' THEN p.columns[u.i] ELSE a.attnum END AND w.attrelid = v.view AND w.attnum = n.place
-        )
-        SELECT * FROM lent l
+        SELECT * FROM migrate._lendable_defaults(v) l
         WHERE CASE side WHEN 'target' THEN l.own IS NULL AND NOT l.has_default AND pg_column_is_updatable(v.view, l.attnum, false)
                         ELSE l.own = l.expression END
     LOOP

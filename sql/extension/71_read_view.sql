@@ -74,12 +74,8 @@ $$;
 -- Under the view's lock.
 CREATE FUNCTION migrate._route_view(v migrate._view, percent numeric, predicate text, caller regrole) RETURNS void
 LANGUAGE plpgsql AS $$
-DECLARE
-    shown record;
 BEGIN
-    SELECT * INTO shown FROM migrate._view_columns(v.view, migrate._view_kin(v), migrate._view_attnums(v.flow, v.shape));
-    EXECUTE format('CREATE OR REPLACE VIEW %s%s AS %s', migrate._relation_name(v.view), migrate._with_options(v.view),
-                   migrate._read_select(v.flow, percent, predicate, shown.names, shown.nums));
+    EXECUTE migrate._replacement(v, NULL, percent, predicate);
     UPDATE migrate._view x SET percent = _route_view.percent, predicate = _route_view.predicate, routed_since = clock_timestamp(), routed_by = caller::text
     WHERE x.migration = v.migration AND x.view = v.view;
 END $$;

@@ -52,16 +52,19 @@ END $$;
 -- As pg_sequence_last_value(), which would lock the sequence until the transaction ends (even if it is undone). Read as the sequence's
 -- owner: while the name waits for a lock he may give it to a view, whose functions must not run as the extension's owner.
 CREATE FUNCTION migrate._last_value(sequence regclass) RETURNS bigint
-LANGUAGE sql AS $$
-    SELECT r[1]::bigint FROM migrate._as(migrate._table_owner(sequence),
-        format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence))) r
-$$;
+LANGUAGE plpgsql AS $$
+BEGIN
+    RETURN (SELECT r[1]::bigint FROM migrate._as(migrate._table_owner(sequence),
+        format('SELECT last_value FROM %s WHERE is_called', migrate._relation_name(sequence))) r);
+END $$;
 
 -- Where each sequence must stand so that its next value is new on both sides: past every value of the columns and past every sequence
 -- that feeds them, in its own step. beyond: that value, where the sequence cannot reach it. floors: values found earlier, by a scan.
+-- (PL/pgSQL, so that it is planned before it runs under locks.)
 CREATE FUNCTION migrate._sequence_targets(m_id integer, floors jsonb DEFAULT NULL)
 RETURNS TABLE (sequence regclass, goal numeric, beyond numeric, reached numeric)
-LANGUAGE sql VOLATILE AS $$
+LANGUAGE plpgsql AS $$
+BEGIN RETURN QUERY
     WITH links AS MATERIALIZED (SELECT * FROM migrate._sequences(m_id)),
     own AS (SELECT DISTINCT l.sequence FROM links l),
     found AS (
@@ -84,5 +87,5 @@ LANGUAGE sql VOLATILE AS $$
                 THEN t.goal END,
            CASE WHEN NOT t.seqcycle AND (t.seqincrement > 0 AND t.goal >= t.seqmax OR t.seqincrement < 0 AND t.goal <= t.seqmin) THEN t.value END,
            t.value
-    FROM stepped t ORDER BY t.sequence::oid
-$$;
+    FROM stepped t ORDER BY t.sequence::oid;
+END $$;

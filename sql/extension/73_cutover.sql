@@ -20,7 +20,7 @@ CREATE FUNCTION migrate._switch_sides(m_id integer, caller regrole, side text, s
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
-    intact integer[] := ARRAY(SELECT f.id FROM migrate._flow f WHERE f.migration = m_id AND f.fingerprint = migrate._fingerprint(f.id));
+    intact integer[];
     did text[] := '{}';
     v migrate._view;
     s record;
@@ -29,6 +29,7 @@ BEGIN
     PERFORM migrate._require_gates(m, caller, side, true, skipped);
     -- @point switch: gates checked again
     IF side = 'target' AND NOT m.both_directions THEN
+        intact := ARRAY(SELECT f.id FROM migrate._flow f WHERE f.migration = m_id AND f.fingerprint = migrate._fingerprint(f.id));
         UPDATE migrate._migration x SET both_directions = true WHERE x.id = m_id RETURNING * INTO m;
         PERFORM migrate._create_triggers(m, 'reverse');
         UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.id = ANY (intact);
@@ -133,9 +134,9 @@ BEGIN
 END $$;
 
 -- The switch of one or several migrations, all or none, from gates to commit. side: who is to serve. The options lock_timeout and
--- cutover_timeout are those of the first.
+-- cutover_timeout are those of the first. Plans are generic, so that what is checked before the locks need not be planned again under them.
 CREATE FUNCTION migrate._switch(caller regrole, names text[], side text, dry_run boolean, skip text[]) RETURNS text
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
     verb text := CASE side WHEN 'target' THEN 'cutover' ELSE 'rollback' END;
     goal text := CASE side WHEN 'target' THEN 'cut over' ELSE 'roll back' END;
@@ -165,6 +166,7 @@ BEGIN
     BEGIN  -- undone, so that no lock of what is read here stays
         parts := migrate._switch_gates(parts, caller, side);
         SELECT * INTO locks FROM migrate._switch_locks(ARRAY(SELECT p.id FROM migrate._switch_parts(parts) p WHERE p.due));
+        PERFORM migrate._prepare_view(v, side) FROM migrate._switch_parts(parts) p JOIN migrate._view v ON v.migration = p.id JOIN pg_class c ON c.oid = v.view WHERE p.due;
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
