@@ -303,7 +303,7 @@ sub recover
 	$sql .= "SELECT 'state: ' || state_of_m();\n";
 	$life->{phase} = $done ? $after : $t->{from};
 	$sql .= ($t->{empties} ? '' : writes($life)) . "\\echo written\n";
-	$sql .= "$t->{run};\nSELECT 'then: ' || state_of_m();\n" if !$done && !$by_worker;
+	$sql .= "$t->{run};\nSELECT 'then: ' || state_of_m();\n" if !$done;
 	$sql .= "$t->{undo};\n" if $t->{undo};
 	# (A row that the target refuses would stay a failure.)
 	$sql .= "UPDATE users SET name = 'mended' WHERE name = 'refused';\n" if $t->{run} =~ /refused/;
@@ -323,7 +323,7 @@ sub recover
 	}
 	my $ok = !$failed && $out =~ /^written$/m;
 	$ok &&= $out =~ /^state: (.*)/m && $1 =~ $whole{ $done ? $after : $t->{from} };
-	$ok &&= $out =~ /^then: (.*)/m && $1 =~ $whole{$after} if !$done && !$by_worker;
+	$ok &&= $out =~ /^then: (.*)/m && $1 =~ $whole{$after} if !$done;
 	$ok &&= $out =~ /^settled: settled\nequal: 0 differ, 0 lost, $life->{cutovers} cutovers$/m if !$ended;
 	ok($ok, "$what: whole, writable, " . ($ended ? 'ended' : 'goes on, equal, nothing lost')) or diag("$out\n$error");
 	$life->{phase} = $goal if !$ended;

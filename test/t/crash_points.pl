@@ -209,8 +209,10 @@ sub run_trial
 	return if !$hit && $t->{arrival} == 1;
 	wait_for_log($node, $log, qr/is ready to accept connections/) if $t->{action} eq 'kill' && $hit;
 	run_sql($node, "COMMIT PREPARED 'locker'") if $t->{in} =~ /^locked/ && $t->{action} eq 'kill';
-	# A verb is undone unless its commit was done; what a worker does comes after the verb that started it.
-	recover($life, $t, $by_worker || !$failed || $t->{point} eq 'transaction: committed');
+	# A verb is undone unless its commit was done; what a worker does comes after the verb that started it, but that it connects.
+	my $early = $by_worker && $failed && $t->{point} eq 'worker: connected';
+	my $done = $early ? $node->safe_psql('postgres', "SELECT phase <> '$t->{from}' FROM migrate._migration WHERE name = 'm'") eq 't' : $by_worker;
+	recover($life, $t, $done || !$failed || $t->{point} eq 'transaction: committed');
 	return;
 }
 
