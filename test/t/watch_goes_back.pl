@@ -135,5 +135,27 @@ subtest 'a restart in between' => sub {
 	is(differing($node), 0, 'no row differs');
 };
 
+# Rows that somebody has changed in the target before the first cutover, when nothing is carried back: only shadow reads will tell.
+subtest 'shadow reads that differ' => sub {
+	$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE note (id int PRIMARY KEY, v text NOT NULL);
+CREATE TABLE memo (id int PRIMARY KEY, v text NOT NULL);
+INSERT INTO note SELECT g, 'note' FROM generate_series(1, 500) g;
+SELECT migrate.define('notes', 'note', 'memo', on_target_delete => 'delete');
+SELECT migrate.add_view('notes', 'notes');
+SELECT migrate.set('notes', 'watch_time', '1 hour'), migrate.set('notes', 'on_limit', 'rollback'), migrate.set('notes', 'shadow_time', '1 s'), migrate.start('notes');
+SQL
+	wait_phase($node, 'ready', 'notes');
+	$node->safe_psql('postgres', "UPDATE memo SET v = 'wrong' WHERE id % 5 = 0");
+	is(error_of($node, "SELECT migrate.cutover('notes')"), '', 'cutover');
+	my $looked = 'SELECT looked_at FROM migrate._watch w JOIN migrate._migration m ON m.id = w.migration WHERE m.name = $$notes$$';
+	wait_for($node, 'the watch has looked', "SELECT ($looked) IS NOT NULL");
+	is($node->safe_psql('postgres', "SELECT migrate.serves('notes')"), 'target', 'without shadow reads nobody knows');
+	$node->safe_psql('postgres', "SELECT migrate.shadow('notes', 1)");
+	wait_for($node, 'it goes back by itself', "SELECT migrate.serves('notes') = 'source'");
+	like($node->safe_psql('postgres', "SELECT string_agg(why, E'\n' ORDER BY id) FROM migrate.events WHERE migration = 'notes' AND kind IN ('limit', 'watch')"),
+		qr/^0\.\d+ of shadow reads > 0\.001 \(max_shadow_mismatch_rate\); rolling back\nrolled back by itself: 0\.\d+ of shadow reads > 0\.001/m, 'with value and limit');
+};
+
 $node->stop;
 done_testing();
