@@ -194,6 +194,17 @@ INSERT INTO orders (id, client) VALUES (3000000000, 3);
 UPDATE orders SET amount = 2 WHERE id = 3000000000;
 SELECT DISTINCT key, sqlstate FROM migrate.failures WHERE migration = 'm' ORDER BY key;
 SELECT migrate.rollback('m');
+SELECT v.method, v.mismatches, v.verdict FROM unnest('{ranges,rows,sample,counts}'::text[]) x, migrate.validate('m', x) v;
+SELECT key, kind, columns FROM migrate.mismatches('m');
+SELECT verdict FROM migrate.validate('m', 'sums');
+\echo :LAST_ERROR_SQLSTATE
+-- Ranges that end beyond what the old table can hold.
+BEGIN;
+INSERT INTO orders (id, client) SELECT 3000000000 + g, 3 FROM generate_series(1, 25) g;
+SET LOCAL search_path = pg_catalog, pg_temp;
+SELECT method, mismatches, verdict FROM migrate._validate(current_user::regrole, 'm', 'ranges', 10);
+SELECT kind, count(*), min(key), max(key) FROM migrate.mismatches('m') GROUP BY kind;
+ROLLBACK;
 DELETE FROM orders WHERE id > 2147483647;
 SELECT count(*) >= 0 AS retried FROM migrate.retry('m');
 CALL applied();

@@ -107,6 +107,15 @@ LANGUAGE sql STABLE AS $$
          (SELECT format_type(type, typmod) AS cut, format_type(type, -1) AS whole) n
 $$;
 
+-- A key as a narrower integer type has it: NULL where that cannot hold it (after a cutover from integer to bigint), for no row of the
+-- actual side has such a key.
+CREATE FUNCTION migrate._narrowed(value text, origin oid, type oid) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT CASE WHEN origin IN ('int4'::regtype, 'int8'::regtype) AND origin <> type AND type IN ('int2'::regtype, 'int4'::regtype)
+                THEN format('(CASE WHEN %1$s BETWEEN -%2$s - 1 AND %2$s THEN %1$s END)', value, CASE type WHEN 'int2'::regtype THEN 32767 ELSE 2147483647 END)
+                ELSE value END
+$$;
+
 -- How a key column of the expected side is compared with a bound that is written in the actual side's type: name and bound
 -- are texts of SQL. Where the two types differ, the index of the origin must still serve, and no rounding may come between.
 CREATE FUNCTION migrate._key_rule(origin oid, origin_typmod integer, dest oid, dest_typmod integer, column_sql text,
@@ -270,8 +279,8 @@ BEGIN
             sets := sets || CASE WHEN rule.compared = col.type OR rule.walkable THEN format('($%s)::%s[]', n, format_type(rule.compared, -1))
                                  ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
             types := types || rule.compared;
-            nulls := nulls || format('v.%I IS NULL', col.attname);
-            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(format('v.%I', col.attname), col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
+            nulls := nulls || format('%s IS NULL', migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type));
+            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type), col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
             IF col.constant IS NULL THEN
                 texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
             END IF;
@@ -280,11 +289,13 @@ BEGIN
             extra_flow := extra_flow || format(' WHEN %s THEN %s', substr(part, 6), x.flow);
         END IF;
         key_case := key_case || format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
-        SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(coalesce(format('v.%I', v.attname), 'NULL'), t.type, t.typmod), coalesce(
+        SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(CASE WHEN v.attnum = ANY (x.key_view) THEN migrate._narrowed(format('v.%I', v.attname), o.type, t.type)
+                   ELSE coalesce(format('v.%I', v.attname), 'NULL') END, t.type, t.typmod), coalesce(
                    (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
             INTO list
             FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum
-            LEFT JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = array_position(x.columns, u.attnum),
+            LEFT JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = array_position(x.columns, u.attnum)
+            LEFT JOIN LATERAL migrate._plain_type(v.atttypid, v.atttypmod) o ON v.attnum IS NOT NULL,
             migrate._plain_type(d.atttypid, d.atttypmod) t;
         c.expected := c.expected || format('SELECT %s FROM %s v', array_to_string(list, ', '), x.view);
         c.expected_above := c.expected_above || migrate._beyond(names, lows, types, '>');

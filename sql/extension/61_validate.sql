@@ -68,6 +68,7 @@ BEGIN
     SELECT r INTO high FROM migrate._as(c.role, format('SELECT %s FROM (%s) x ORDER BY %s OFFSET %s LIMIT 2', c.key_text,
         migrate._expected(c, migrate._which(low, NULL), true, format(' LIMIT %s', rows + 1)), c.key_order, rows - 1),
         VARIADIC migrate._bounds(c, low, NULL)) WITH ORDINALITY x(r, n) ORDER BY n DESC LIMIT 1 OFFSET 1;
+    high := CASE WHEN array_position(high, NULL) IS NULL THEN high END;  -- (a key that the actual side's type cannot hold)
     IF c.walkable THEN
         SELECT r INTO nearer FROM migrate._as(c.role, format('SELECT %s FROM (%s OFFSET %s LIMIT 2) x ORDER BY %s', c.key_text,
             migrate._actual(c, migrate._which(low, high), true), rows - 1, c.key_order),
@@ -109,9 +110,9 @@ BEGIN
     END LOOP;
     PERFORM migrate._write_range(c, run_id, low, high, rows.expected_rows, rows.actual_rows, findings, digests.expected_md5, digests.actual_md5, rows.snapshot);
 EXCEPTION WHEN data_exception OR integrity_constraint_violation OR raise_exception THEN
-    SELECT r[1]::bigint INTO held FROM migrate._as(c.role, format('SELECT count(*) FROM (%s) x', migrate._expected(c, which)), VARIADIC params) r;
+    SELECT r[1]::bigint INTO held FROM migrate._as(c.role, format('SELECT count(*) FROM (%s) x WHERE num_nulls(%s) = 0', migrate._expected(c, which), c.key_order), VARIADIC params) r;
     IF held > 1 THEN
-        SELECT r INTO middle FROM migrate._as(c.role, format('SELECT %s FROM (%s) x ORDER BY %s OFFSET %s LIMIT 1', c.key_text,
+        SELECT r INTO middle FROM migrate._as(c.role, format('SELECT %1$s FROM (%2$s) x WHERE num_nulls(%3$s) = 0 ORDER BY %3$s OFFSET %4$s LIMIT 1', c.key_text,
             migrate._expected(c, which, true), c.key_order, held / 2 - 1), VARIADIC params) r;
     END IF;
     IF middle IS NULL OR middle = high THEN
@@ -172,13 +173,9 @@ BEGIN
     IF high IS NULL THEN
         -- A comparison with a bound is never true of NULL: rows without a key lie in no range that has one.
         IF c.nullable AND (SELECT count(*) > 1 FROM migrate._validation_range r WHERE r.run = run_id AND r.flow = c.flow) THEN
-            WITH unkeyed AS (
-                INSERT INTO migrate._mismatch (run, flow, key, kind)
-                SELECT run_id, r[1]::int, r[2]::text[], 'missing' FROM migrate._as(c.role, format('SELECT s.flow, %s FROM (%s) s LEFT JOIN (SELECT NULL::int AS flow, %s) t ON false',
-                    c.key, migrate._expected(c, '{unkeyed}'), (SELECT string_agg('NULL::text AS k' || i, ', ') FROM generate_series(1, c.width) i))) r RETURNING 1)
             UPDATE migrate._validation_range r SET mismatches = r.mismatches + n, source_rows = r.source_rows + CASE c.direction WHEN 'forward' THEN n ELSE 0 END,
                 target_rows = r.target_rows + CASE c.direction WHEN 'forward' THEN 0 ELSE n END
-            FROM (SELECT count(*) AS n FROM unkeyed) u WHERE r.run = run_id AND r.flow = c.flow AND r.high IS NULL;
+            FROM migrate._note_unkeyed(c, run_id) n WHERE r.run = run_id AND r.flow = c.flow AND r.high IS NULL;
         END IF;
         -- @point validate: before the verdict
         PERFORM migrate._validation_end(c, run_id);
@@ -187,6 +184,17 @@ BEGIN
     UPDATE migrate._validation SET seconds = seconds + extract(epoch FROM clock_timestamp() - began) WHERE run = run_id AND flow = c.flow;
     RETURN high IS NULL;
 END $$;
+
+-- Rows of the expected side whose key no row of the actual side can have are missing there. Gives how many are noted.
+CREATE FUNCTION migrate._note_unkeyed(c migrate._comparison, run_id bigint, at_most bigint DEFAULT NULL) RETURNS bigint
+LANGUAGE sql AS $$
+    WITH unkeyed AS MATERIALIZED (
+        SELECT r[1]::int AS flow, r[2]::text[] AS key FROM migrate._as(c.role, format('SELECT s.flow, %s FROM (%s) s LEFT JOIN (SELECT NULL::int AS flow, %s) t ON false LIMIT %s',
+            c.key, migrate._expected(c, '{unkeyed}'), (SELECT string_agg('NULL::text AS k' || i, ', ') FROM generate_series(1, c.width) i), coalesce(at_most::text, 'ALL'))) r),
+    recorded AS (INSERT INTO migrate._mismatch (run, flow, key, kind) SELECT run_id, u.flow, u.key, 'missing' FROM unkeyed u),
+    replaced AS (DELETE FROM migrate._mismatch x USING unkeyed u WHERE x.flow = u.flow AND x.key = u.key AND x.run <> run_id)
+    SELECT count(*) FROM unkeyed
+$$;
 
 -- The verdict on one comparison, from its ledger, which must cover the key space without a gap.
 CREATE FUNCTION migrate._validation_end(c migrate._comparison, run_id bigint) RETURNS void
@@ -257,6 +265,7 @@ BEGIN
     ELSE
         picked := migrate._sample(c, sample_rows);
         SELECT *, NULL::text AS expected_md5, NULL::text AS actual_md5 INTO a FROM migrate._compare_rows(m, c, run_id, '{among}', picked, false);
+        a.findings := a.findings + migrate._note_unkeyed(c, run_id, sample_rows);
         same := a.findings = 0;
     END IF;
     UPDATE migrate._validation SET
