@@ -234,15 +234,16 @@ $$;
 
 CREATE FUNCTION migrate._check_triggers(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
-    SELECT CASE t.part WHEN 'target' THEN 'target_triggers' ELSE 'source_triggers' END, 'warning', CASE t.part
-             WHEN 'target' THEN format('trigger %s of target %s fires for every dual write, as the table''s owner and with search_path = pg_catalog, pg_temp%s',
-                                       quote_ident(g.tgname), t.relation, CASE WHEN g.tgtype & 2 <> 0 THEN '; where it changes the row, validation finds a mismatch' ELSE '' END)
-             ELSE format('trigger %s of source %s is ENABLE %s: it fires for replicated writes too, and for those carried back after cutover', quote_ident(g.tgname), t.relation,
-                         CASE g.tgenabled WHEN 'A' THEN 'ALWAYS' ELSE 'REPLICA' END) END,
-           CASE t.part WHEN 'target' THEN format('ALTER TABLE %s DISABLE TRIGGER %I; until cutover, if the source''s trigger does the same work.', t.relation, g.tgname) ELSE '' END
-    FROM migrate._tables(m.id) t JOIN pg_trigger g ON g.tgrelid = t.relation AND NOT g.tgisinternal
+    SELECT CASE t.part WHEN 'target' THEN 'target_triggers' ELSE 'source_triggers' END, 'warning',
+           format('trigger %s of %s %s fires for every %s, as the table''s owner and with search_path = pg_catalog, pg_temp%s', quote_ident(g.tgname), t.part, t.relation,
+                  CASE WHEN t.part = 'target' THEN 'dual write' WHEN g.tgenabled = 'R' THEN 'replicated write that is carried back after cutover' ELSE 'write that is carried back after cutover' END,
+                  CASE WHEN g.tgtype & 2 <> 0 THEN '; where it changes the row, validation finds a mismatch' ELSE '' END),
+           CASE t.part WHEN 'target' THEN format('ALTER TABLE %s DISABLE TRIGGER %I; until cutover, if the source''s trigger does the same work.', t.relation, g.tgname)
+                       ELSE format('ALTER TABLE %s DISABLE TRIGGER %I; from cutover on, if the target''s trigger does the same work.', t.relation, g.tgname) END
+    FROM migrate._tables(m.id) t JOIN pg_trigger g ON g.tgrelid = t.relation AND NOT g.tgisinternal AND g.tgenabled <> 'D'
     JOIN pg_proc p ON p.oid = g.tgfoid AND p.pronamespace <> 'migrate'::regnamespace
-    WHERE (t.part = 'target' AND g.tgenabled <> 'D') OR (t.part = 'source' AND g.tgenabled IN ('A', 'R'))
+    -- (A swap disables those of the old table meanwhile.)
+    WHERE t.part = 'target' OR migrate._opt(m.id, 'cutover') <> 'swap' AND EXISTS (SELECT FROM migrate._mapping r WHERE r.dest = t.relation AND r.direction = 'reverse')
 $$;
 
 CREATE FUNCTION migrate._check_left_behind(m migrate._migration) RETURNS SETOF migrate._check
