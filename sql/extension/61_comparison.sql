@@ -290,7 +290,7 @@ BEGIN
         END IF;
         key_case := key_case || format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
         SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(CASE WHEN v.attnum = ANY (x.key_view) THEN migrate._narrowed(format('v.%I', v.attname), o.type, t.type)
-                   ELSE coalesce(format('v.%I', v.attname), 'NULL') END, t.type, t.typmod), coalesce(
+                   ELSE coalesce('v.' || quote_ident(v.attname), 'NULL') END, t.type, t.typmod), coalesce(
                    (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
             INTO list
             FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum

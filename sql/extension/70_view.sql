@@ -1,5 +1,6 @@
--- Views that cutover switches. What runs under the switch's locks is C or PL/pgSQL, which is planned once a session, and before. Both shapes are one thing: a view with the columns of one of the two tables (its `kin`: the target for
--- shape target, the source for shape source), which reads its kin bare or the other table through a mapping.
+-- Views that cutover switches. Both shapes are one thing: a view with the columns of one of the two tables (its `kin`: the target for
+-- shape target, the source for shape source), which reads its kin bare or the other table through a mapping. (C or PL/pgSQL, where it
+-- runs under a switch's locks: that is planned once a session, before there are any.)
 
 CREATE FUNCTION migrate._view_body(view regclass, OUT expressions text[], OUT filter text)
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_view_body';

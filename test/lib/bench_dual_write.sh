@@ -59,7 +59,7 @@ bench_dual_write() {
     local operation
     table_rows=$((rows < 200000 ? rows : 200000))
     writes=$((table_rows < 60000 ? table_rows : 60000))
-    transactions=$((writes < 20000 ? writes : 20000))
+    transactions=$writes
     make_ways || return
     for operation in 'update UPDATE of a row' 'insert INSERT of a row' 'unmapped UPDATE of an unmapped column' "bulk UPDATE of $writes rows at once" 'client_update UPDATE of a row by a client (pgbench)'; do
         compare "dual_${operation%% *}" "dual write: ${operation#* }" added 'PL/pgSQL row trigger, upsert' 'no dual write'
