@@ -37,6 +37,25 @@ Oid key_order_index(const Mapping *m, Relation origin) {
     return found;
 }
 
+namespace {
+
+Datum read_value(const Mapping *m, int i, Datum value) {
+    Oid input, element;
+    getTypeInputInfo(column_of_key(m, i).origin_type, &input, &element);
+    return OidInputFunctionCall(input, TextDatumGetCString(value), element, -1);
+}
+
+// A condition on one column is an operator's; a row of one, the B-tree does not expect.
+void compare_column(ScanKey condition, Relation index, StrategyNumber strategy, Datum value) {
+    const Oid type = index->rd_opcintype[0];
+    const Oid compare = get_opfamily_member(index->rd_opfamily[0], type, type, strategy);
+    if (!OidIsValid(compare)) elog(ERROR, "index %u has no operator of strategy %d", RelationGetRelid(index), strategy);
+    ScanKeyEntryInitialize(condition, 0, 1, strategy, InvalidOid, index->rd_indcollation[0], get_opcode(compare),
+                           value);
+}
+
+}  // namespace
+
 // A condition on a row is a header that points to its members (access/skey.h).
 void compare_row(ScanKey condition, const Mapping *m, Relation index, StrategyNumber strategy, Datum key) {
     Datum *texts;
@@ -45,15 +64,14 @@ void compare_row(ScanKey condition, const Mapping *m, Relation index, StrategyNu
     deconstruct_array(DatumGetArrayTypeP(key), TEXTOID, -1, false, TYPALIGN_INT, &texts, &nulls, &n);
     if (n != m->nparams)
         ereport(ERROR, (errcode(ERRCODE_ARRAY_SUBSCRIPT_ERROR), errmsg("key has %d columns, not %d", n, m->nparams)));
-    ScanKey members = (ScanKey)palloc0(sizeof(ScanKeyData) * n);
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         if (nulls[i]) ereport(ERROR, (errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED), errmsg("null in a key")));
-        Oid input, element;
-        getTypeInputInfo(column_of_key(m, i).origin_type, &input, &element);
-        const Datum value = OidInputFunctionCall(input, TextDatumGetCString(texts[i]), element, -1);
+    if (n == 1) return compare_column(condition, index, strategy, read_value(m, 0, texts[0]));
+    ScanKey members = (ScanKey)palloc0(sizeof(ScanKeyData) * n);
+    for (int i = 0; i < n; i++)
         ScanKeyEntryInitialize(&members[i], SK_ROW_MEMBER | (i == n - 1 ? SK_ROW_END : 0), i + 1, strategy, InvalidOid,
-                               index->rd_indcollation[i], index_getprocid(index, i + 1, BTORDER_PROC), value);
-    }
+                               index->rd_indcollation[i], index_getprocid(index, i + 1, BTORDER_PROC),
+                               read_value(m, i, texts[i]));
     memset(condition, 0, sizeof(ScanKeyData));
     condition->sk_flags = SK_ROW_HEADER;
     condition->sk_attno = 1;
