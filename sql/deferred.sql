@@ -188,6 +188,7 @@ TRUNCATE alone;
 SELECT migrate.define('g', 'song', 'alone', 'id, title, parent');
 SELECT migrate.set('g', 'max_rows_per_second', '1');
 SELECT migrate.start('g');
+CALL reaches($$ EXISTS (SELECT FROM migrate.migration WHERE name = 'g' AND phase = 'backfilling') $$);
 ALTER TABLE alone RENAME title TO called;
 \set VERBOSITY default
 SELECT migrate.cancel('g');
