@@ -199,6 +199,7 @@ DECLARE
     rule record;
     n integer;
     part text;
+    value text;             -- of a key column on the expected side, as the actual side's type has it
     names text[]; lows text[]; highs text[]; types oid[];  -- the key as it is compared with bounds
     sets text[]; keys text[]; nulls text[]; texts text[];
     list text[]; digests text[] := '{}'; sames text[] := '{}'; differs text[] := '{}'; joins text[] := '{}';
@@ -279,8 +280,9 @@ BEGIN
             sets := sets || CASE WHEN rule.compared = col.type OR rule.walkable THEN format('($%s)::%s[]', n, format_type(rule.compared, -1))
                                  ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
             types := types || rule.compared;
-            nulls := nulls || format('%s IS NULL', migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type));
-            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type), col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
+            value := migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type);
+            nulls := nulls || format('%s IS NULL', value);
+            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(value, col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
             IF col.constant IS NULL THEN
                 texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
             END IF;

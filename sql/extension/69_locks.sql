@@ -165,8 +165,10 @@ BEGIN
         blockers := coalesce(present, blockers);
         IF ends_blockers_at IS NOT NULL AND crossed IS NULL AND (attempts = 1 OR clock_timestamp() >= ends_blockers_at) THEN
             until := migrate._end_blockers(m, caller, in_the_way, attempt_began, ends_blockers_at);
-            last := greatest(last, until);
-            pause_ms := CASE WHEN until IS NULL THEN pause_ms ELSE least(pause_ms, 200) END;
+            IF until IS NOT NULL THEN
+                last := greatest(last, until);
+                pause_ms := least(pause_ms, 200);
+            END IF;
         END IF;
         -- (Who waits for what this transaction holds already cannot go away before it.)
         EXIT WHEN crossed IS NOT NULL OR clock_timestamp() + pause_ms * interval '1 ms' > last;

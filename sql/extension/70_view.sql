@@ -119,7 +119,8 @@ END $$;
 CREATE FUNCTION migrate._prepare_view(v migrate._view, side text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
-    PERFORM migrate._replacement(v, side, migrate._percent_of(side), NULL), (SELECT count(*) FROM migrate._lendable_defaults(v));
+    PERFORM migrate._replacement(v, side, migrate._percent_of(side), NULL);
+    PERFORM FROM migrate._lendable_defaults(v) WHERE v.use = 'both';
 END $$;
 
 -- Switches a new view there and back, so that what would fail at cutover fails now; says what cannot be written.
