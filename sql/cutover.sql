@@ -1,6 +1,8 @@
 -- cutover and rollback: gates, dry run, both ways, sequences, several migrations in one transaction.
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
+CREATE ROLE regress_dba SUPERUSER;
+SET SESSION AUTHORIZATION regress_dba;  -- who is named below, whatever the superuser is called
 CREATE SCHEMA cutover_test;
 SET search_path = cutover_test;
 CREATE ROLE regress_cutover_app;
@@ -227,3 +229,5 @@ SET client_min_messages = warning;
 SELECT migrate.allow('regress_cutover_app', 'nothing');
 DROP SCHEMA cutover_test CASCADE;
 DROP ROLE regress_cutover_app;
+RESET SESSION AUTHORIZATION;
+DROP ROLE regress_dba;

@@ -1,6 +1,8 @@
 -- plan: the runbook, complete and the same each time; what it tells to paste can be pasted.
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
+CREATE ROLE regress_dba SUPERUSER;
+SET SESSION AUTHORIZATION regress_dba;  -- who is named below, whatever the superuser is called
 CREATE SCHEMA plan;
 SET search_path = plan;
 CREATE TABLE users (id bigserial PRIMARY KEY, name text NOT NULL, bio text, secret text, created_at timestamptz NOT NULL DEFAULT now());
@@ -41,3 +43,5 @@ INSERT INTO profiles VALUES (7, 'extra', '', 'extra|');
 SELECT migrate.plan('no such migration');
 SELECT count(migrate.drop(name)) FROM migrate.migration;
 DROP SCHEMA plan CASCADE;
+RESET SESSION AUTHORIZATION;
+DROP ROLE regress_dba;

@@ -59,6 +59,7 @@ RESET ROLE;
 INSERT INTO clients SELECT g, 'client ' || g FROM generate_series(1, 10) g;
 INSERT INTO orders (client, status, amount) SELECT 1 + g % 10, CASE WHEN g % 3 = 0 THEN 'done' ELSE 'new' END, g FROM generate_series(1, 100) g;
 INSERT INTO items SELECT g, g FROM generate_series(1, 50) g;
+SET client_min_messages = error;  -- wal_level may be replica
 CREATE PUBLICATION swap_pub FOR TABLE orders;
 -- (Functions that are bound to the table came with PostgreSQL 14, filters of publications with 15.)
 DO $$ BEGIN
@@ -71,6 +72,7 @@ DO $$ BEGIN
         EXECUTE 'CREATE PUBLICATION swap_filtered FOR TABLE orders (id, amount) WHERE (amount > 1) WITH (publish = ''insert'')';
     END IF;
 END $$;
+SET client_min_messages = warning;
 
 -- the new table
 SET ROLE regress_swap_owner;

@@ -1,6 +1,8 @@
 -- What a swap cannot carry is said by preflight, by the gate of cutover, and by set: object, reason, and what to do about it.
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
+CREATE ROLE regress_dba SUPERUSER;
+SET SESSION AUTHORIZATION regress_dba;  -- who is named below, whatever the superuser is called
 SET jit = off;
 CREATE SCHEMA swap_test;
 SET search_path = swap_test;
@@ -73,7 +75,9 @@ GRANT SELECT (w) ON a TO regress_swap_other;
 ALTER TABLE a ALTER n SET DEFAULT 1, ALTER v SET DEFAULT 'v';
 CREATE UNIQUE INDEX a_nv ON a (n, id);
 ALTER TABLE a REPLICA IDENTITY USING INDEX a_nv;
+SET client_min_messages = error;  -- wal_level may be replica
 CREATE PUBLICATION swap_pub FOR TABLE a;
+SET client_min_messages = warning;
 SELECT migrate.define('m', 'a', 'b', 'id, v, w || '''' AS ww, n AS nn', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 \pset format unaligned
@@ -205,3 +209,5 @@ DROP SCHEMA swap_test CASCADE;
 DROP SCHEMA swap_elsewhere;
 SELECT migrate.allow('regress_swap_owner', 'nothing') IS NOT NULL AS taken;
 DROP ROLE regress_swap_owner, regress_swap_other;
+RESET SESSION AUTHORIZATION;
+DROP ROLE regress_dba;

@@ -1,6 +1,8 @@
 -- The watch after cutover: its options, what begins and ends it, what a passed limit does. (Under load: test/t/watch_goes_back.pl.)
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
+CREATE ROLE regress_dba SUPERUSER;
+SET SESSION AUTHORIZATION regress_dba;  -- who is named below, whatever the superuser is called
 SET jit = off;
 CREATE SCHEMA watch_test;
 SET search_path = watch_test;
@@ -108,3 +110,5 @@ SELECT count(*) FROM migrate._watch;
 SET client_min_messages = warning;
 SELECT migrate.drop('m');
 DROP SCHEMA watch_test CASCADE;
+RESET SESSION AUTHORIZATION;
+DROP ROLE regress_dba;

@@ -43,6 +43,27 @@ inline bool may_execute(Oid function, Oid role) {
 #endif
 }
 
+// ---- rights that a plan asks for
+
+inline bool has_table_rights(Oid relation, Oid role, AclMode rights) {
+    return pg_class_aclmask(relation, role, rights, ACLMASK_ALL) == rights;
+}
+
+// Takes from the query itself, not from what is in it, the checks of rights on the chosen relations.
+template <class Chosen>
+void drop_rights_checks(Query *query, Chosen is_chosen) {
+    ListCell *cell;
+#if PG_VERSION_NUM >= 160000
+    foreach (cell, query->rteperminfos) {
+        RTEPermissionInfo *checked = (RTEPermissionInfo *)lfirst(cell);
+#else
+    foreach (cell, query->rtable) {
+        RangeTblEntry *checked = (RangeTblEntry *)lfirst(cell);
+#endif
+        if (is_chosen(checked->relid)) checked->requiredPerms = 0;
+    }
+}
+
 // ---- the executor's routines that write rows
 
 #if PG_VERSION_NUM >= 160000
@@ -168,13 +189,25 @@ inline bool never_null(TupleDesc desc, int column) {
 #endif
 }
 
-// expression_tree_walker, whose C declarations leave out the walker's arguments until PostgreSQL 16.
+// expression_tree_walker and query_tree_walker, whose C declarations leave out the walker's arguments until PostgreSQL
+// 16. The context is the walker's alone, const or not.
 template <class Context>
 bool walk_expression(Node *node, bool (*walker)(Node *, Context *), Context *context) {
+    void *passed = const_cast<void *>(static_cast<const void *>(context));
 #if PG_VERSION_NUM >= 160000
-    return expression_tree_walker_impl(node, reinterpret_cast<tree_walker_callback>(walker), context);
+    return expression_tree_walker_impl(node, reinterpret_cast<tree_walker_callback>(walker), passed);
 #else
-    return expression_tree_walker(node, reinterpret_cast<bool (*)()>(reinterpret_cast<void *>(walker)), context);
+    return expression_tree_walker(node, reinterpret_cast<bool (*)()>(reinterpret_cast<void *>(walker)), passed);
+#endif
+}
+
+template <class Context>
+bool walk_query(Query *query, bool (*walker)(Node *, Context *), Context *context) {
+    void *passed = const_cast<void *>(static_cast<const void *>(context));
+#if PG_VERSION_NUM >= 160000
+    return query_tree_walker_impl(query, reinterpret_cast<tree_walker_callback>(walker), passed, 0);
+#else
+    return query_tree_walker(query, reinterpret_cast<bool (*)()>(reinterpret_cast<void *>(walker)), passed, 0);
 #endif
 }
 

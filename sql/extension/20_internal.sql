@@ -42,7 +42,8 @@ END $$;
 
 -- The mapping views belong to the extension's owner; the owners of the tables they feed and read are lent them: dest's for the
 -- dual writes and the copy, origin's for validation after cutover, which asks of the source's own rows whether the filter had
--- carried them over. An owner may change at any time. True where somebody was lent one anew.
+-- carried them over. An owner may change at any time: he who was one gives back what he was lent. True where somebody was lent one
+-- anew.
 CREATE FUNCTION migrate._lend_views(m migrate._migration) RETURNS boolean
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -55,6 +56,11 @@ BEGIN
              WHERE f.migration = m.id AND NOT has_table_privilege(o.role, p.view, k.privilege) LOOP
         EXECUTE format('GRANT %s ON %s TO %s', l.privilege, l.view, l.role);
         lent := true;
+    END LOOP;
+    FOR l IN SELECT DISTINCT p.view, a.grantee::regrole AS role FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.view,
+                    aclexplode(c.relacl) a
+             WHERE f.migration = m.id AND a.grantee NOT IN (0, c.relowner, migrate._table_owner(p.dest), migrate._table_owner(p.origin)) LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s', l.view, l.role);
     END LOOP;
     RETURN lent;
 END $$;

@@ -48,7 +48,7 @@ sub writes_own_rows
 			like(error_of($node, "SELECT FROM r.$other", user => 'writer'), qr/42501/, "$other is not the writer's to read");
 			like(error_of($node, "UPDATE r.$other SET v = 'x'", user => 'writer'), qr/42501/, '… or to write');
 		}
-		is($node->safe_psql('postgres', 'SELECT count(*) FROM migrate._failure'), 0, 'every dual write was applied');
+		is($node->safe_psql('postgres', 'SELECT * FROM migrate._failure'), '', 'every dual write was applied');
 		is($node->safe_psql('postgres', 'SELECT count(*) FROM r.s FULL JOIN r.t USING (id) WHERE (s.v, s.tenant) IS DISTINCT FROM (t.v, t.tenant)'), 0, 'both sides are equal');
 	};
 	return;
