@@ -95,13 +95,13 @@ BEGIN
 END $$;
 
 -- The tester's own looks at who waits hold a snapshot for a moment, too: only a session that keeps one is a reason to refuse.
-CREATE FUNCTION cutover(verb text DEFAULT 'cutover') RETURNS text LANGUAGE plpgsql AS $$
+CREATE FUNCTION called(verb text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
     answer text;
 BEGIN
     LOOP
         BEGIN
-            EXECUTE format('SELECT migrate.%I(%L)', verb, 'race') INTO answer;
+            EXECUTE 'SELECT migrate.' || verb INTO answer;
             RETURN answer;
         EXCEPTION WHEN lock_not_available THEN
             answer := SQLERRM;
@@ -113,7 +113,17 @@ BEGIN
     END LOOP;
 END $$;
 
-CREATE FUNCTION rollback() RETURNS text LANGUAGE sql AS $$ SELECT cutover('rollback') $$;
+CREATE FUNCTION cutover() RETURNS text LANGUAGE sql AS $$ SELECT called($c$cutover('race')$c$) $$;
+CREATE FUNCTION rollback() RETURNS text LANGUAGE sql AS $$ SELECT called($c$rollback('race')$c$) $$;
+
+-- Another view of the same rows, for reading alone; and by which keys it reads the target.
+CREATE FUNCTION routed_view() RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    IF to_regclass('routed') IS NULL THEN
+        PERFORM migrate.add_view('race', 'routed', use => 'read');
+    END IF;
+END $$;
+CREATE FUNCTION route(predicate text) RETURNS text LANGUAGE sql AS $$ SELECT called(format('route(%L, predicate => %L)', 'race', predicate)) $$;
 
 -- The target's owner fills a column that is not mapped.
 CREATE FUNCTION note(key int) RETURNS void LANGUAGE plpgsql AS $$
@@ -152,6 +162,8 @@ CREATE FUNCTION drain() RETURNS text LANGUAGE sql AS 'SELECT NULL';
 CREATE FUNCTION ready() RETURNS text LANGUAGE sql AS 'SELECT NULL';
 CREATE FUNCTION cutover() RETURNS text LANGUAGE sql AS 'SELECT NULL';
 CREATE FUNCTION rollback() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION routed_view() RETURNS void LANGUAGE sql AS 'CREATE VIEW routed AS TABLE served';
+CREATE FUNCTION route(predicate text) RETURNS text LANGUAGE sql AS 'SELECT NULL';
 CREATE FUNCTION note(key int) RETURNS void LANGUAGE sql AS 'SELECT';
 CREATE FUNCTION leave_orphan(key int) RETURNS void LANGUAGE sql AS 'SELECT';
 CREATE FUNCTION retry(key int) RETURNS text LANGUAGE sql AS 'SELECT NULL';

@@ -193,7 +193,7 @@ sub migrate
 	my $skip = $schema->{deferrable} ? ", skip => '{reverse}'" : '';
 	$self->flag($_, 0) for qw(switching target_writable);
 	# (Not under load at the first: it would queue in front of the application.)
-	$self->connect->do(CheckerOracle->detach_sql($schema, 't')) if $schema->{plain_target} && !$schema->{swap} && $self->{cycle} > 1;
+	$self->connect->do(CheckerOracle->detach_sql($schema, 't')) if $schema->{late_triggers} && $self->{cycle} > 1;
 	$self->connect->do($self->{cycle} > 1 ? 'TRUNCATE t' : 'SELECT') && $self->{db}->do($schema->define_sql($m)) or return $self->fault('define: ' . $self->{db}->errstr);
 	$self->verb("set('$m', 'batch_size', '" . (10 + int rand 40) . "')");
 	$self->verb("set('$m', 'sleep', '" . int(rand 15) . " ms')");
@@ -203,7 +203,7 @@ sub migrate
 	return unless $self->reach('ready', 1);
 	$self->{count}{'copied by place'} += $self->one("SELECT count(*) FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE m.name = '$m' AND f.by_place");
 	$self->route unless $schema->{swap};
-	if ($schema->{plain_target} && !$schema->{swap})
+	if ($schema->{late_triggers})
 	{
 		$self->come_to_rest or return;
 		$self->connect->do(CheckerOracle->attach_sql($schema, 't')) or return $self->fault('attach: ' . $self->{db}->errstr);

@@ -37,7 +37,8 @@ sub new
 	$self->{workers} = rand() < 0.3 ? 3 : 1;
 	$self->{preload} = rand() < 0.7 ? 1 : 0;
 	$self->{strict} = rand() < 0.3;
-	$self->{plain_target} = $self->{swap} || rand() < 0.6;    # no triggers on it until it is to serve
+	$self->{plain_target} = $self->{swap} || rand() < 0.6;    # no triggers of the application's on it while it is filled
+	$self->{late_triggers} = $self->{plain_target} && !$self->{swap};    # they come before the cutover; a swap brings them itself
 	$self->{by_place} = $self->{plain_target} && !$self->{partitioned} && !$self->{deferrable} && rand() < 0.5;
 	my $n = @{ $self->{types} };
 	$self->{source_key} = $n == 1 ? ['k'] : [ 'a', 'b' ];
