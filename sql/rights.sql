@@ -148,6 +148,9 @@ RESET ROLE;
 SELECT key, sqlstate FROM migrate._failure;
 SELECT FROM migrate.resume('m');
 SELECT * FROM lent();
+-- (of two workers that were refused, the second finds that the first has seen to it)
+SELECT f.wait_ms FROM migrate._migration m, migrate._job_failed(m.id, 2, ROW(m.id, 2, 'copy', m.phase, NULL, NULL, NULL, NULL, 0, false, NULL, NULL)::migrate._job, '42501', 'denied', NULL, 1, 100) f WHERE m.name = 'm';
+SELECT failed_reason FROM migrate._migration WHERE name = 'm';
 SELECT verdict, mismatches FROM migrate.validate('m');
 SET ROLE regress_boss;
 SELECT state, string_agg(verb, ' ') FROM tries() WHERE verb IN ('migrate.start', 'migrate.pause', 'migrate.resume', 'migrate.cutover', 'migrate.rollback', 'migrate.finalize', 'migrate.cancel', 'migrate.validate', 'migrate.repair') GROUP BY state ORDER BY state;

@@ -33,9 +33,12 @@ BEGIN
     IF blame <> 'lock' OR tries > 5 THEN
         PERFORM migrate._note_error(m.id, worker, format('%s: %s', sqlstate, message));
     END IF;
-    IF sqlstate = '42501' AND migrate._lend_views(m) THEN  -- a table has got another owner
-        wait_ms := 0;
-        RETURN;
+    IF sqlstate = '42501' THEN  -- a table may have got another owner; another worker may have lent him the views meanwhile
+        PERFORM FROM migrate._migration x WHERE x.id = m.id FOR UPDATE;
+        IF migrate._lend_views(m) OR tries = 1 THEN
+            wait_ms := 0;
+            RETURN;
+        END IF;
     END IF;
     CASE blame
     WHEN 'lock' THEN
