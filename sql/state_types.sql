@@ -72,9 +72,12 @@ COPY types_test.s (id, v) FROM stdin;
 205	copied
 \.
 \c -
+SELECT current_setting('max_prepared_transactions')::int > 0 AS two_phase \gset
+\if :two_phase
 BEGIN; UPDATE types_test.s SET v = 'prepared' WHERE id = 5; PREPARE TRANSACTION 'fresh';
 \c -
 COMMIT PREPARED 'fresh';
+\endif
 SELECT types_test.equal();
 \c -
 INSERT INTO types_test.t VALUES (301, 'new');
