@@ -135,6 +135,13 @@ SELECT verdict, mismatches FROM migrate.validate('m');
 -- another owner mid-migration: the application goes on, its dual writes as the new owner, though nobody has lent him the mapping
 -- view yet (no worker does while paused); whoever was the owner gives it back; and the old owners' verbs are refused
 SELECT FROM migrate.pause('m');
+-- (A temporary schema that is there already: what the first of a session makes has every plan made anew.)
+CREATE TEMP TABLE before ();
+\c -
+CREATE TEMP TABLE before ();
+\c -
+SET client_min_messages = warning;
+SET search_path = rights;
 ALTER TABLE t OWNER TO regress_heir;
 CREATE FUNCTION lent(OUT target boolean, OUT heir boolean) LANGUAGE sql AS $$
     SELECT has_table_privilege('regress_target', p.view, 'SELECT'), has_table_privilege('regress_heir', p.view, 'SELECT')
@@ -143,11 +150,14 @@ $$;
 SELECT * FROM lent();
 SET ROLE regress_writer;
 INSERT INTO s VALUES (200, 'after');
+CREATE TEMP TABLE another_path ();
+INSERT INTO s VALUES (210, 'by a plan made before');
 DELETE FROM s WHERE id = 3;
 RESET ROLE;
 SELECT key, sqlstate FROM migrate._failure;
-SELECT FROM migrate.resume('m');
+SELECT verdict, mismatches FROM migrate.validate('m');
 SELECT * FROM lent();
+SELECT FROM migrate.resume('m');
 -- (of two workers that were refused, the second finds that the first has seen to it)
 SELECT f.wait_ms FROM migrate._migration m, migrate._job_failed(m.id, 2, ROW(m.id, 2, 'copy', m.phase, NULL, NULL, NULL, NULL, 0, false, NULL, NULL)::migrate._job, '42501', 'denied', NULL, 1, 100) f WHERE m.name = 'm';
 SELECT failed_reason FROM migrate._migration WHERE name = 'm';

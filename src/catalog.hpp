@@ -70,7 +70,7 @@ void for_each_index(Relation relation, Fn fn) {
     foreach (cell, indexes) {
         Relation index = index_open(lfirst_oid(cell), AccessShareLock);
         fn(index);
-        index_close(index, NoLock);
+        index_close(index, AccessShareLock);  // kept without the table's, it would be in the way of who locks both
     }
     list_free(indexes);
 }

@@ -49,9 +49,9 @@ inline bool has_table_rights(Oid relation, Oid role, AclMode rights) {
     return pg_class_aclmask(relation, role, rights, ACLMASK_ALL) == rights;
 }
 
-// Takes from the query itself, not from what is in it, the checks of rights on the chosen relations.
+// Lets the query itself, not what is in it, read the chosen views with this role's rights.
 template <class Chosen>
-void drop_rights_checks(Query *query, Chosen is_chosen) {
+void read_with_rights_of(Oid role, Query *query, Chosen is_chosen) {
     ListCell *cell;
 #if PG_VERSION_NUM >= 160000
     foreach (cell, query->rteperminfos) {
@@ -60,7 +60,7 @@ void drop_rights_checks(Query *query, Chosen is_chosen) {
     foreach (cell, query->rtable) {
         RangeTblEntry *checked = (RangeTblEntry *)lfirst(cell);
 #endif
-        if (is_chosen(checked->relid)) checked->requiredPerms = 0;
+        if (is_chosen(checked->relid)) checked->checkAsUser = role;
     }
 }
 

@@ -137,10 +137,11 @@ void write_as_owner(RowPath *rows, Relation origin, Relation dest, const KeySlic
 }  // namespace
 
 bool apply_direct(Mapping *m, const KeySlice &removed, const KeySlice &upserted) {
-    if (kOnlySql || is_in_use(m)) return false;
+    if (is_in_use(m)) return false;
     Relation dest = try_relation_open(m->dest, RowExclusiveLock);
+    if (dest) m->dest_owner = dest->rd_rel->relowner;  // it may have changed since the statement's first row
     Relation origin = dest ? try_relation_open(m->origin, AccessShareLock) : NULL;
-    RowPath *rows = origin ? choose(m, origin, dest) : NULL;
+    RowPath *rows = origin && !kOnlySql ? choose(m, origin, dest) : NULL;
     if (rows) write_as_owner(rows, origin, dest, removed, upserted);
     if (origin) relation_close(origin, NoLock);
     if (dest) relation_close(dest, NoLock);

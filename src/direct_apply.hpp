@@ -11,7 +11,8 @@ struct KeySlice {
     int from, to;
 };
 
-// Removes the first keys and upserts the others, as one change. False, and nothing done, where it takes SQL.
+// Removes the first keys and upserts the others, as one change. False, and nothing done, where it takes SQL. Either way
+// dest is locked then, and mapping->dest_owner is who owns it now.
 bool apply_direct(Mapping *mapping, const KeySlice &removed, const KeySlice &upserted);
 
 }  // namespace migrate

@@ -47,23 +47,11 @@ bool is_view_of(const Mapping *m, Oid relation) {
     return m->view == relation;
 }
 
-bool drop_checks_of_views(Node *node, const Mapping *m) {
+bool read_views_as_their_owner(Node *node, const Mapping *m) {
     if (node == NULL) return false;
-    if (!IsA(node, Query)) return walk_expression(node, drop_checks_of_views, m);
-    drop_rights_checks((Query *)node, [m](Oid relation) { return is_view_of(m, relation); });
-    return walk_query((Query *)node, drop_checks_of_views, m);
-}
-
-// A new owner of dest is lent the views by the next verb, or by a worker. The application's statement neither waits for
-// that nor does it itself (others would wait for its commit): it goes without the check of the views' rights, which is
-// taken from the query that its plan, a generic one, is made of. The owner learns nothing by it but what is written to
-// his table.
-SPIPlanPtr with_lent_views(const Mapping *m, SPIPlanPtr plan) {
-    if (may_read_views(m)) return plan;
-    ListCell *cell;
-    foreach (cell, SPI_plan_get_plan_sources(plan))
-        drop_checks_of_views((Node *)((CachedPlanSource *)lfirst(cell))->query_list, m);
-    return plan;
+    if (!IsA(node, Query)) return walk_expression(node, read_views_as_their_owner, m);
+    read_with_rights_of(owner_of(m->view), (Query *)node, [m](Oid relation) { return is_view_of(m, relation); });
+    return walk_query((Query *)node, read_views_as_their_owner, m);
 }
 
 // A generic plan, until SPI_finish or SPI_keepplan, whose parameters are the arrays of one list of keys, or of several.
@@ -76,8 +64,16 @@ SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
     return plan;
 }
 
+// A new owner of dest is lent the views by the next verb, or by a worker. The application's statement neither waits for
+// that nor does it itself (others would wait for its commit): its plan, used once, for the server would make it again
+// from the text, reads the views as their owner does. Dest's owner learns nothing by it but what is written to dest.
 SPIPlanPtr prepare_once(const Mapping *m, const char *sql, int lists = 1) {
-    return with_lent_views(m, prepare(m, sql, lists));
+    SPIPlanPtr plan = prepare(m, sql, lists);
+    if (may_read_views(m)) return plan;
+    ListCell *cell;
+    foreach (cell, SPI_plan_get_plan_sources(plan))
+        read_views_as_their_owner((Node *)((CachedPlanSource *)lfirst(cell))->query_list, m);
+    return plan;
 }
 
 // The plan in *slot, made again from text when it is invalid (which covers renames). One that is running, in a write
@@ -88,13 +84,14 @@ SPIPlanPtr kept_plan(const Mapping *m, SPIPlanPtr *slot, Build build, int lists 
         SPI_freeplan(*slot);
         *slot = NULL;
     }
-    if (*slot == NULL) {
-        Sql sql;
-        build(sql);
-        *slot = prepare(m, sql.c_str(), lists);
-        if (m->kept) SPI_keepplan(*slot);
-    }
-    return with_lent_views(m, *slot);
+    const bool lent = may_read_views(m);
+    if (*slot && lent) return *slot;
+    Sql sql;
+    build(sql);
+    if (!lent) return prepare_once(m, sql.c_str(), lists);
+    *slot = prepare(m, sql.c_str(), lists);
+    if (m->kept) SPI_keepplan(*slot);
+    return *slot;
 }
 
 // Where a key may stand twice, one of its rows may be somebody else's, who may be about to delete it or to move it: he

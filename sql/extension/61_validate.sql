@@ -299,6 +299,7 @@ DECLARE
     c migrate._comparison;
 BEGIN
     PERFORM migrate._require_members(caller, m);
+    PERFORM migrate._lend_views(m);
     IF how IS NULL OR how NOT IN ('counts', 'sample', 'sums', 'checksum', 'ranges', 'rows') THEN
         PERFORM migrate._raise('22023', format('there is no method of validation "%s"', how), 'The methods are counts, sample, sums, checksum, ranges and rows.',
             format('SELECT * FROM migrate.validate(%L, ''ranges'');', m.name));

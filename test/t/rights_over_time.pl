@@ -142,5 +142,36 @@ is($cascade, 'writer', 'a cursor that a cascade has left behind runs as the writ
 is(told("UPDATE r.s SET v = 'held' WHERE id = 4"), $cascade, '… and so does one that a dual write has left behind');
 as('boss', "SELECT migrate.cancel('m'); SELECT migrate.drop('m')");
 
+# The owner changes while a statement runs that has written its rows and not carried them over yet, because a trigger of the
+# application's holds it up; through SQL, and directly.
+for my $path ('through SQL', 'directly')
+{
+	subtest "another owner in the midst of a statement, $path" => sub {
+		as('postgres', <<'SQL');
+DROP TABLE r.s, r.t CASCADE;
+SET ROLE boss;
+CREATE TABLE r.s (id int PRIMARY KEY, v text);
+CREATE TABLE r.t (id int PRIMARY KEY, v text);
+GRANT INSERT ON r.s TO writer;
+SELECT migrate.define('m', 'r.s', 'r.t', on_target_delete => 'delete');
+SELECT migrate.set('m', 'dual_write', 'strict'), migrate.start('m');
+CREATE OR REPLACE FUNCTION r.hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$;
+CREATE TRIGGER zz AFTER INSERT ON r.s FOR EACH ROW EXECUTE FUNCTION r.hold();
+SQL
+		wait_phase($node, 'ready', 'm');
+		as('boss', 'CREATE FUNCTION r.pass() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$; CREATE TRIGGER pass AFTER INSERT ON r.t FOR EACH ROW EXECUTE FUNCTION r.pass()') if $path eq 'through SQL';
+		my ($holder, $open) = (background($node), background($node, user => 'writer'));
+		$holder->query_safe('SELECT pg_advisory_lock(1)');
+		$open->query_until(qr/called/, "\\echo called\nINSERT INTO r.s VALUES (1, 'in flight');\n");
+		wait_for($node, 'the trigger', "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted", 1);
+		as('postgres', 'ALTER TABLE r.t OWNER TO heir');
+		$holder->query_safe('SELECT pg_advisory_unlock(1)');
+		$open->query_safe('SELECT 1');
+		is($node->safe_psql('postgres', 'SELECT v FROM r.t'), 'in flight', 'the row is there');
+		$_->quit for $holder, $open;
+		as('postgres', "SELECT migrate.cancel('m'), migrate.drop('m')");
+	};
+}
+
 $node->stop;
 done_testing();
