@@ -112,6 +112,24 @@ INSERT INTO things (name) VALUES ('three') RETURNING *;
 SELECT * FROM items ORDER BY id;
 SELECT migrate.drop('t');
 
+-- a partitioned source: its partitions have the sequence's default, too, and go with it; the target has it to stay
+SET client_min_messages = warning;
+CREATE TABLE parted (id bigserial, v text, PRIMARY KEY (id)) PARTITION BY RANGE (id);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (1000) PARTITION BY RANGE (id);
+CREATE TABLE parted_1_1 PARTITION OF parted_1 DEFAULT;
+CREATE SEQUENCE inner_seq OWNED BY parted_1_1.v;
+CREATE TABLE whole (id bigint PRIMARY KEY DEFAULT nextval('parted_id_seq'), v text, n bigint DEFAULT nextval('inner_seq'));
+INSERT INTO parted (v) VALUES ('one'), ('two');
+SELECT migrate.define('p', 'parted', 'whole', on_target_delete => 'delete');
+SELECT migrate.start('p');
+SELECT reach('p', 'ready');
+SET client_min_messages = notice;
+SELECT migrate.cutover('p');
+SELECT migrate.finalize('p', force => 'p', drop_source => true);
+SELECT pg_get_serial_sequence('whole', 'id'), pg_get_serial_sequence('whole', 'n');
+INSERT INTO whole (v) VALUES ('three') RETURNING *;
+SELECT migrate.drop('p');
+
 -- Rows that a filter leaves out are nowhere else: what a filtered flow alone carries, or what only its filter reads, is no column to drop
 -- by its name, and a table with such rows goes only where the migration's name is said.
 SET client_min_messages = warning;

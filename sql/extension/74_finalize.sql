@@ -148,11 +148,12 @@ LANGUAGE sql STABLE AS $$
     ) l ORDER BY l.rank, l.line
 $$;
 
--- Sequences of a table that is to go, on which a default elsewhere still depends: they go over to that column, or to nobody where
--- owner or schema differ.
+-- Sequences of a table that is to go with its partitions, on which a default elsewhere still depends: they go over to that column, or to
+-- nobody where owner or schema differ.
 CREATE FUNCTION migrate._keep_sequences(source regclass) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
+    goes regclass[] := ARRAY(SELECT migrate._partition_tree(source));
     s record;
 BEGIN
     FOR s IN
@@ -160,11 +161,11 @@ BEGIN
                AND t.relowner = q.relowner AND t.relnamespace = q.relnamespace AS fits
         FROM pg_depend o JOIN pg_class q ON q.oid = o.objid AND q.relkind = 'S'
         JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = q.oid
-        JOIN pg_attrdef e ON e.oid = d.objid AND e.adrelid <> source
+        JOIN pg_attrdef e ON e.oid = d.objid AND e.adrelid <> ALL (goes)
         JOIN pg_attribute a ON a.attrelid = e.adrelid AND a.attnum = e.adnum
         JOIN pg_class t ON t.oid = e.adrelid
-        WHERE o.classid = 'pg_class'::regclass AND o.refclassid = 'pg_class'::regclass AND o.refobjid = source AND o.refobjsubid > 0 AND o.deptype = 'a'
-        ORDER BY q.oid, t.relkind IN ('r', 'p') DESC, e.adrelid
+        WHERE o.classid = 'pg_class'::regclass AND o.refclassid = 'pg_class'::regclass AND o.refobjid = ANY (goes) AND o.refobjsubid > 0 AND o.deptype = 'a'
+        ORDER BY q.oid, t.relkind IN ('r', 'p') DESC, t.relispartition, e.adrelid
     LOOP
         EXECUTE format('ALTER SEQUENCE %s OWNED BY %s', migrate._relation_name(s.sequence),
                        CASE WHEN s.fits THEN format('%s.%I', migrate._relation_name(s.heir), s.attname) ELSE 'NONE' END);
