@@ -127,6 +127,27 @@ TRUNCATE item;
 SELECT count(*) FROM active_item;
 SELECT migrate.drop('f');
 
+-- a function of the whole row: whatever column changes is carried over, of a partition too
+CREATE TABLE w_one (id int PRIMARY KEY, a text, b text);
+CREATE TABLE w_parts (id int PRIMARY KEY, a text, b text) PARTITION BY HASH (id);
+CREATE TABLE w_part (b text, a text, id int NOT NULL);
+ALTER TABLE w_parts ATTACH PARTITION w_part FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+CREATE TABLE w_one_target (id int PRIMARY KEY, w text);
+CREATE TABLE w_parts_target (id int PRIMARY KEY, w text);
+CREATE FUNCTION whole(w_one) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RETURN $1.a || '/' || $1.b; END $$;
+CREATE FUNCTION whole(w_parts) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN RETURN $1.a || '/' || $1.b; END $$;
+INSERT INTO w_one SELECT g, 'a', 'b' FROM generate_series(1, 4) g;
+INSERT INTO w_parts TABLE w_one;
+SELECT migrate.define('w', 'w_one', 'w_one_target', 'id, whole(w_one) AS w', on_target_delete => 'delete');
+SELECT migrate.add_flow('w', 'w_parts', 'w_parts_target', 'id, whole(w_parts) AS w', on_target_delete => 'delete');
+SELECT go('w');
+UPDATE w_one SET a = 'x' WHERE id = 1; UPDATE w_one SET b = 'y' WHERE id = 2; DELETE FROM w_one WHERE id = 3;
+UPDATE w_parts SET a = 'x' WHERE id = 1; UPDATE w_part SET b = 'y' WHERE id = 2; DELETE FROM w_part WHERE id = 3;
+SELECT same('SELECT id, a || ''/'' || b FROM dual_test.w_one', 'TABLE dual_test.w_one_target'), same('SELECT id, a || ''/'' || b FROM dual_test.w_parts', 'TABLE dual_test.w_parts_target');
+SELECT migrate.drop('w');
+DROP FUNCTION whole(w_one), whole(w_parts);
+DROP TABLE w_one, w_parts, w_one_target, w_parts_target;
+
 -- keys: composite with other column order, text, uuid, numeric, timestamp, date, bytea; deferrable with shift and swap
 CREATE TABLE k_source (a int, b text COLLATE "C", c uuid, d numeric, e timestamptz, f date, g bytea, v text, PRIMARY KEY (a, b, c, d, e, f, g));
 CREATE TABLE k_target (g bytea, f date, e timestamptz, d numeric, c uuid, b text COLLATE "C", a bigint, v text, PRIMARY KEY (g, f, e, d, c, b, a));

@@ -50,9 +50,9 @@ SELECT migrate.finalize('m', force => 'm', drop_columns => '{secret}');
 SELECT migrate.finalize('m', force => 'm', drop_columns => '{bio}', drop_source => true);
 \echo :LAST_ERROR_SQLSTATE
 -- a rehearsal lists all that would go, and what is in the way of it, also inside the window
-CREATE FUNCTION rehearse(drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}') RETURNS SETOF text LANGUAGE sql AS $$
+CREATE FUNCTION rehearse(drop_source boolean DEFAULT false, drop_columns text[] DEFAULT '{}', migration text DEFAULT 'm') RETURNS SETOF text LANGUAGE sql AS $$
     SELECT regexp_replace(regexp_replace(regexp_replace(l, '(_)[0-9]+(_)', '\1N\2'), 'until .*', 'until <time>'), '[0-9.]+ ms', 'T ms', 'g')
-    FROM regexp_split_to_table(migrate.finalize('m', drop_source, drop_columns, dry_run => true), E'\n') l
+    FROM regexp_split_to_table(migrate.finalize(migration, drop_source, drop_columns, dry_run => true), E'\n') l
 $$;
 SELECT * FROM rehearse(drop_columns => '{bio}');
 CREATE VIEW cities AS SELECT DISTINCT city FROM users;
@@ -111,6 +111,61 @@ SELECT migrate.finalize('t', force => 't', drop_source => true);
 INSERT INTO things (name) VALUES ('three') RETURNING *;
 SELECT * FROM items ORDER BY id;
 SELECT migrate.drop('t');
+
+-- a partitioned source: its partitions have the sequence's default, too, and go with it; the target has it to stay
+SET client_min_messages = warning;
+CREATE TABLE parted (id bigserial, v text, PRIMARY KEY (id)) PARTITION BY RANGE (id);
+CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (1000) PARTITION BY RANGE (id);
+CREATE TABLE parted_1_1 PARTITION OF parted_1 DEFAULT;
+CREATE SEQUENCE inner_seq OWNED BY parted_1_1.v;
+CREATE TABLE whole (id bigint PRIMARY KEY DEFAULT nextval('parted_id_seq'), v text, n bigint DEFAULT nextval('inner_seq'));
+INSERT INTO parted (v) VALUES ('one'), ('two');
+SELECT migrate.define('p', 'parted', 'whole', on_target_delete => 'delete');
+SELECT migrate.start('p');
+SELECT reach('p', 'ready');
+SET client_min_messages = notice;
+SELECT migrate.cutover('p');
+SELECT migrate.finalize('p', force => 'p', drop_source => true);
+SELECT pg_get_serial_sequence('whole', 'id'), pg_get_serial_sequence('whole', 'n');
+INSERT INTO whole (v) VALUES ('three') RETURNING *;
+SELECT migrate.drop('p');
+
+-- Rows that a filter leaves out are nowhere else: what a filtered flow alone carries, or what only its filter reads, is no column to drop
+-- by its name, and a table with such rows goes only where the migration's name is said.
+SET client_min_messages = warning;
+CREATE TABLE person (id int PRIMARY KEY, name text, street text, city text, active boolean NOT NULL DEFAULT true);
+CREATE TABLE person_contact (id int PRIMARY KEY, name text);
+CREATE TABLE person_address (id int PRIMARY KEY, street text, place text);
+CREATE TABLE person_far (id int PRIMARY KEY, street text);
+INSERT INTO person SELECT g, 'p' || g, 'street ' || g, 'city', g % 10 > 0 FROM generate_series(1, 50) g;
+SELECT migrate.define('split', 'person', 'person_contact', on_target_delete => 'delete');
+SELECT migrate.add_flow('split', 'person', 'person_address', 'id, street, left(city, 3) AS place', filter => 'active', on_target_delete => 'keep');
+SELECT migrate.add_flow('split', 'person', 'person_far', filter => 'NOT active AND id > 20', on_target_delete => 'keep');
+SELECT f.name, f.not_carried FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration WHERE m.name = 'split' ORDER BY f.id;
+SELECT migrate.set('split', 'accept_reverse_gaps', 'on'), migrate.start('split');
+SELECT reach('split', 'ready');
+SELECT migrate.cutover('split');
+SET client_min_messages = notice;
+SELECT migrate.finalize('split', force => 'split', drop_columns => '{name,street}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT count(*) FROM finalize_test.person WHERE (active) IS NOT TRUE AND (NOT active AND id > 20) IS NOT TRUE;
+SELECT migrate.finalize('split', force => 'split', drop_columns => '{city}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.finalize('split', force => 'split', drop_columns => '{active}');
+\echo :LAST_ERROR_SQLSTATE
+SELECT r FROM rehearse(true, migration => 'split') r WHERE r !~ '^(trigger|forward|reverse)';
+SELECT migrate.set('split', 'rollback_window', '0');
+SELECT r FROM rehearse(true, migration => 'split') r WHERE r ~ '^refused';
+SELECT migrate.finalize('split', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+-- (name is carried for every row)
+SELECT migrate.finalize('split', drop_columns => '{name}');
+SELECT migrate.finalize('split', drop_source => true, force => 'no');
+\echo :LAST_ERROR_SQLSTATE
+SELECT count(*), count(street), count(city) FROM person;
+SELECT migrate.finalize('split', drop_source => true, force => 'split');
+SELECT to_regclass('person') IS NULL AS gone;
+SELECT migrate.drop('split');
 
 SET client_min_messages = warning;
 DROP SCHEMA finalize_test CASCADE;

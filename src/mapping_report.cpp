@@ -148,13 +148,15 @@ Datum int2_array(Datum *values, int n) {
     return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
 }
 
-// Attribute numbers of origin that the query reads: {0} stands for a whole-row reference.
+// Attribute numbers of origin that the query reads: {0} alone where it has a whole-row reference, whatever else it
+// reads.
 Datum columns_read(Query *query) {
     Bitmapset *used = NULL;
     pull_varattnos((Node *)query->targetList, 1, &used);
     pull_varattnos((Node *)query->jointree->quals, 1, &used);
     Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
     int n = 0;
+    bool whole_row = false;
     for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x)) {
         const AttrNumber attnum = x + FirstLowInvalidHeapAttributeNumber;
         if (attnum < 0)
@@ -162,8 +164,10 @@ Datum columns_read(Query *query) {
                     (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
                      errmsg("mapping reads the system column with number %d", attnum),
                      errhint("System columns (ctid, xmin, tableoid, …) change without a write that a trigger sees.")));
+        whole_row |= attnum == 0;
         values[n++] = Int16GetDatum(attnum);
     }
+    if (whole_row) values[0] = Int16GetDatum(0), n = 1;
     return int2_array(values, n);
 }
 

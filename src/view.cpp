@@ -21,14 +21,26 @@ Datum text_array(Datum *values, int n) {
     return PointerGetDatum(construct_array(values, n, TEXTOID, -1, false, TYPALIGN_INT));
 }
 
+// Attribute numbers of the relation that the expressions are computed from, the filter aside; 0: a whole-row reference.
+Datum columns_yielded(const Query *query) {
+    Bitmapset *used = NULL;
+    pull_varattnos((Node *)query->targetList, 1, &used);
+    Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
+    int n = 0;
+    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x))
+        values[n++] = Int16GetDatum(x + FirstLowInvalidHeapAttributeNumber);
+    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+}
+
 }  // namespace
 }  // namespace migrate
 
 using namespace migrate;
 
-// migrate._view_body(view regclass, OUT expressions text[], OUT filter text)
+// migrate._view_body(view regclass, OUT expressions text[], OUT filter text, OUT yields int2[])
 // The expressions of a mapping view over the columns of its one relation, and its WHERE clause, deparsed: what is not
-// in pg_catalog is schema-qualified, for that is our search_path.
+// in pg_catalog is schema-qualified, for that is our search_path. And the columns that the expressions are computed
+// from.
 Datum migrate_view_body(PG_FUNCTION_ARGS) {
     TupleDesc desc;
     if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE) elog(ERROR, "return type must be a row type");
@@ -48,9 +60,10 @@ Datum migrate_view_body(PG_FUNCTION_ARGS) {
         expressions[n++] = CStringGetTextDatum(deparse_expression((Node *)entry->expr, context, false, false));
     }
     Node *filter = query->jointree->quals;
-    Datum values[2] = {text_array(expressions, n),
-                       filter ? CStringGetTextDatum(deparse_expression(filter, context, false, false)) : (Datum)0};
-    bool nulls[2] = {false, filter == NULL};
+    Datum values[3] = {text_array(expressions, n),
+                       filter ? CStringGetTextDatum(deparse_expression(filter, context, false, false)) : (Datum)0,
+                       columns_yielded(query)};
+    bool nulls[3] = {false, filter == NULL, false};
     relation_close(view, AccessShareLock);
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }

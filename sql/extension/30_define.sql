@@ -262,8 +262,8 @@ BEGIN
     END IF;
     v := migrate._make_mapping(f.id, 'forward', source, target, mapping, filter, '{}', path, caller);
     SELECT * INTO fwd FROM migrate._mapping x WHERE x.flow = f.id AND x.direction = 'forward';
-    f.not_carried := (SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') FROM pg_attribute a
-                      WHERE a.attrelid = source AND a.attnum > 0 AND NOT a.attisdropped AND NOT a.attnum = ANY (fwd.reads) AND fwd.reads <> '{0}');
+    f.not_carried := (SELECT coalesce(array_agg(a.attname::text ORDER BY a.attnum), '{}') FROM pg_attribute a, migrate._view_body(fwd.view) b
+                      WHERE a.attrelid = source AND a.attnum > 0 AND NOT a.attisdropped AND NOT b.yields && ARRAY[a.attnum, 0::int2]);
     SELECT * INTO r FROM migrate._derive_reverse(fwd, v.inverse, v.constants);
     f.reverse_gaps := r.gaps;
     IF reverse IS NOT NULL THEN

@@ -58,10 +58,6 @@ LANGUAGE sql VOLATILE AS $$
     ORDER BY h.pid
 $$;
 
--- When whoever is in the way is to be ended, by option cancel_blockers; NULL: never. A rehearsal ends nobody.
-CREATE FUNCTION migrate._ends_blockers_at(m_id integer, dry_run boolean) RETURNS timestamptz
-LANGUAGE sql VOLATILE AS $$ SELECT clock_timestamp() + migrate._opt_ms(m_id, 'cancel_blockers') * interval '1 ms' WHERE NOT dry_run $$;
-
 -- As pg_cancel_backend() has it, which asks for the rights of who calls it: here of the verb's caller.
 CREATE FUNCTION migrate._may_signal(caller regrole, backend_role oid) RETURNS boolean
 LANGUAGE sql STABLE AS $$
@@ -107,8 +103,15 @@ LANGUAGE sql VOLATILE AS $$
                    AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = l.relation AND c.relnamespace = 'migrate'::regnamespace))
 $$;
 
+-- When whoever is in the way is to be ended, by option cancel_blockers; NULL: never. A rehearsal ends nobody. Neither does who keeps
+-- the application waiting already: he has no time to go on trying, so it might be for nothing.
+CREATE FUNCTION migrate._ends_blockers_at(m_id integer, dry_run boolean) RETURNS timestamptz
+LANGUAGE sql VOLATILE AS $$
+    SELECT clock_timestamp() + migrate._opt_ms(m_id, 'cancel_blockers') * interval '1 ms' WHERE NOT dry_run AND NOT migrate._holds_locks()
+$$;
+
 CREATE FUNCTION migrate._holding_detail() RETURNS text
-LANGUAGE sql IMMUTABLE AS $$ SELECT 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer.' $$;
+LANGUAGE sql IMMUTABLE AS $$ SELECT 'This transaction holds locks of an earlier step, so the application is not kept waiting any longer, and nobody is ended.' $$;
 
 CREATE FUNCTION migrate._together_hint() RETURNS text
 LANGUAGE sql IMMUTABLE AS $$
@@ -163,7 +166,7 @@ BEGIN
                 INTO endings, present, crossed, in_the_way FROM migrate._blockers(caller, relations, modes, attempt_began) b;
         END;
         blockers := coalesce(present, blockers);
-        IF ends_blockers_at IS NOT NULL AND crossed IS NULL AND (attempts = 1 OR clock_timestamp() >= ends_blockers_at) THEN
+        IF ends_blockers_at IS NOT NULL AND (attempts = 1 OR clock_timestamp() >= ends_blockers_at) THEN
             until := migrate._end_blockers(m, caller, in_the_way, attempt_began, ends_blockers_at);
             IF until IS NOT NULL THEN
                 last := greatest(last, until);

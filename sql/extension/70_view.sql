@@ -2,7 +2,7 @@
 -- shape target, the source for shape source), which reads its kin bare or the other table through a mapping. (C or PL/pgSQL, where it
 -- runs under a switch's locks: that is planned once a session, before there are any.)
 
-CREATE FUNCTION migrate._view_body(view regclass, OUT expressions text[], OUT filter text)
+CREATE FUNCTION migrate._view_body(view regclass, OUT expressions text[], OUT filter text, OUT yields int2[])
 LANGUAGE C STRICT AS 'MODULE_PATHNAME', 'migrate_view_body';
 
 CREATE FUNCTION migrate._view_name(caller regrole, name text, search_path text, OUT schema text, OUT relation text, OUT existing regclass)

@@ -17,7 +17,54 @@ BEGIN
     END IF;
 END $$;
 
--- The columns to drop, each with its source: carried by a mapping, and part of no key.
+-- How to look for the rows of a source that no flow of these has, by its filter.
+CREATE FUNCTION migrate._count_left_out(flows integer[]) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT string_agg(format('SELECT count(*) FROM %s WHERE %s; counts the rows that %s out.', x.source, x.condition, CASE x.n WHEN 1 THEN 'the filter leaves' ELSE 'all filters leave' END), ' ')
+    FROM (SELECT f.source, string_agg(format('(%s) IS NOT TRUE', btrim(f.filter, E' \n\t')), ' AND ' ORDER BY f.id) AS condition, count(*) AS n
+          FROM migrate._flow f WHERE f.id = ANY (flows) GROUP BY f.source ORDER BY min(f.id)) x
+$$;
+
+-- A source goes with the rows that a filter kept out of a target: not without the migration's name. (That the filters of several flows
+-- leave no row out together cannot be proven.)
+CREATE FUNCTION migrate._require_no_rows_left_out(m migrate._migration, force text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    lines text;
+    flows integer[];
+BEGIN
+    SELECT string_agg(l.line, E'\n' ORDER BY l.flow), array_agg(l.flow) INTO lines, flows FROM migrate._rows_left_out(m.id) l;
+    IF flows IS NOT NULL AND force IS DISTINCT FROM m.name THEN
+        PERFORM migrate._raise('55000', format('the source of migration "%s" may have rows that are nowhere else', m.name), lines,
+            format('%s If they may be lost: SELECT migrate.finalize(%L, drop_source => true, force => %L);', migrate._count_left_out(flows), m.name, m.name));
+    END IF;
+END $$;
+
+-- What a filter kept out of a target, one line for each flow that has one and whose source is still there.
+CREATE FUNCTION migrate._rows_left_out(m_id integer) RETURNS TABLE (flow integer, source regclass, line text)
+LANGUAGE sql STABLE AS $$
+    SELECT f.id, f.source, format('rows of %s that the filter of flow "%s" leaves out (%s) are not in %s', f.source, f.name, btrim(f.filter, E' \n\t'), f.target)
+    FROM migrate._flow f JOIN pg_class c ON c.oid = f.source WHERE f.migration = m_id AND f.filter IS NOT NULL
+$$;
+
+-- Raises: the column is carried for no row, or for those of filters alone.
+CREATE FUNCTION migrate._refuse_not_carried(m migrate._migration, relation regclass, column_name name) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    flows integer[] := ARRAY(SELECT f.id FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward' JOIN pg_class c ON c.oid = p.view,
+        LATERAL migrate._view_body(p.view) b JOIN pg_attribute a ON a.attnum > 0 AND b.yields && ARRAY[a.attnum, 0::int2]
+        WHERE f.migration = m.id AND f.source = relation AND p.filtered AND a.attrelid = relation AND a.attname = column_name);
+    last_resort text := format('If they may be lost: ALTER TABLE %s DROP COLUMN %I; after finalize.', relation, column_name);
+BEGIN
+    IF flows = '{}' THEN
+        PERFORM migrate._raise('55000', format('column "%s" of %s is not carried to a target', column_name, relation), 'Its values are nowhere else.', last_resort);
+    END IF;
+    PERFORM migrate._raise('55000', format('column "%s" of %s is not carried to a target for every row', column_name, relation),
+        concat_ws(E'\n', (SELECT string_agg(l.line, E'\n' ORDER BY l.flow) FROM migrate._rows_left_out(m.id) l WHERE l.flow = ANY (flows)), 'Their values are nowhere else.'),
+        concat_ws(' ', migrate._count_left_out(flows), last_resort));
+END $$;
+
+-- The columns to drop, each with its source: carried for every row, and part of no key.
 CREATE FUNCTION migrate._columns_to_drop(m migrate._migration, names text[]) RETURNS TABLE (relation regclass, column_name name)
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -27,7 +74,7 @@ DECLARE
     keyed boolean;
 BEGIN
     FOREACH n IN ARRAY names LOOP
-        SELECT count(DISTINCT a.attrelid), bool_or(a.attnum = ANY (p.reads) OR p.reads = '{0}'), bool_or(a.attnum = ANY (p.key_origin)), min(a.attrelid)::regclass, min(a.attname::text)::name
+        SELECT count(DISTINCT a.attrelid), bool_or(NOT p.filtered AND p.reads && ARRAY[a.attnum, 0::int2]), bool_or(a.attnum = ANY (p.key_origin)), min(a.attrelid)::regclass, min(a.attname::text)::name
         INTO hits, carried, keyed, relation, column_name
         FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward' JOIN pg_attribute a ON a.attrelid = f.source
         WHERE f.migration = m.id AND a.attname = n AND a.attnum > 0 AND NOT a.attisdropped;
@@ -39,8 +86,7 @@ BEGIN
         ELSIF keyed THEN
             PERFORM migrate._raise('42P10', format('column "%s" of %s is part of the key', n, relation), 'Without it the rest of the table''s rows cannot be told apart.');
         ELSIF NOT carried THEN
-            PERFORM migrate._raise('55000', format('column "%s" of %s is not carried to a target', n, relation), 'Its values are nowhere else.',
-                format('If they may be lost: ALTER TABLE %s DROP COLUMN %I; after finalize.', relation, n));
+            PERFORM migrate._refuse_not_carried(m, relation, column_name);
         END IF;
         RETURN NEXT;
     END LOOP;
@@ -102,11 +148,12 @@ LANGUAGE sql STABLE AS $$
     ) l ORDER BY l.rank, l.line
 $$;
 
--- Sequences of a table that is to go, on which a default elsewhere still depends: they go over to that column, or to nobody where
--- owner or schema differ.
+-- Sequences of a table that is to go with its partitions, on which a default elsewhere still depends: they go over to that column, or to
+-- nobody where owner or schema differ.
 CREATE FUNCTION migrate._keep_sequences(source regclass) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
+    goes regclass[] := ARRAY(SELECT migrate._partition_tree(source));
     s record;
 BEGIN
     FOR s IN
@@ -114,11 +161,11 @@ BEGIN
                AND t.relowner = q.relowner AND t.relnamespace = q.relnamespace AS fits
         FROM pg_depend o JOIN pg_class q ON q.oid = o.objid AND q.relkind = 'S'
         JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = q.oid
-        JOIN pg_attrdef e ON e.oid = d.objid AND e.adrelid <> source
+        JOIN pg_attrdef e ON e.oid = d.objid AND e.adrelid <> ALL (goes)
         JOIN pg_attribute a ON a.attrelid = e.adrelid AND a.attnum = e.adnum
         JOIN pg_class t ON t.oid = e.adrelid
-        WHERE o.classid = 'pg_class'::regclass AND o.refclassid = 'pg_class'::regclass AND o.refobjid = source AND o.refobjsubid > 0 AND o.deptype = 'a'
-        ORDER BY q.oid, t.relkind IN ('r', 'p') DESC, e.adrelid
+        WHERE o.classid = 'pg_class'::regclass AND o.refclassid = 'pg_class'::regclass AND o.refobjid = ANY (goes) AND o.refobjsubid > 0 AND o.deptype = 'a'
+        ORDER BY q.oid, t.relkind IN ('r', 'p') DESC, t.relispartition, e.adrelid
     LOOP
         EXECUTE format('ALTER SEQUENCE %s OWNED BY %s', migrate._relation_name(s.sequence),
                        CASE WHEN s.fits THEN format('%s.%I', migrate._relation_name(s.heir), s.attname) ELSE 'NONE' END);
@@ -133,6 +180,7 @@ DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
     did text[] := CASE WHEN dry_run THEN ARRAY(SELECT l || ' is dropped' FROM migrate._finalize_list(m_id) l) ELSE '{}' END;
     r record;
+    l record;
 BEGIN
     IF m.phase <> 'finalized' THEN
         -- @point finalize: locks taken
@@ -158,6 +206,12 @@ BEGIN
     FOR r IN SELECT DISTINCT f.source AS relation FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
              WHERE f.migration = m_id AND drop_source LOOP
         PERFORM migrate._keep_sequences(r.relation);
+        FOR l IN SELECT x.line FROM migrate._rows_left_out(m_id) x WHERE x.source = r.relation ORDER BY x.flow LOOP
+            IF NOT dry_run THEN
+                RAISE WARNING '%: they go with the table', l.line;
+            END IF;
+            did := did || l.line;
+        END LOOP;
         did := did || migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.relation::regclass, r.relation, NULL, dry_run);
         -- @point finalize: source dropped
     END LOOP;
@@ -203,16 +257,19 @@ BEGIN
     ELSIF drop_source AND drop_columns <> '{}' THEN
         PERFORM migrate._raise('22023', 'drop_source and drop_columns exclude each other', 'The columns go with the table.');
     END IF;
-    IF m.phase = 'cut_over' THEN
-        BEGIN
+    BEGIN
+        IF m.phase = 'cut_over' THEN
             PERFORM migrate._require_window_closed(m, force);
-        EXCEPTION WHEN object_not_in_prerequisite_state THEN
-            IF NOT dry_run THEN
-                RAISE;
-            END IF;
-            refused := 'refused now: ' || sqlerrm;
-        END;
-    END IF;
+        END IF;
+        IF drop_source THEN
+            PERFORM migrate._require_no_rows_left_out(m, force);
+        END IF;
+    EXCEPTION WHEN object_not_in_prerequisite_state THEN
+        IF NOT dry_run THEN
+            RAISE;
+        END IF;
+        refused := 'refused now: ' || sqlerrm;
+    END;
     PERFORM migrate._require_restored(m, 'finalized');
     BEGIN  -- undone, so that no lock of what is read here stays
         SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns

@@ -103,4 +103,27 @@ like(said("cutover('$m')", $owner), qr/^ready -> cut_over/, 'with pg_signal_back
 is(is_there($pid), 0, 'it is gone');
 is(differing($node), 0, 'no row differs');
 
+# A second switch in a transaction has a second, for the application waits for the locks of the first: too short to end anybody for it.
+$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE plain (id int PRIMARY KEY);
+CREATE TABLE plain_target (id int PRIMARY KEY);
+ALTER TABLE plain OWNER TO dba;
+ALTER TABLE plain_target OWNER TO dba;
+SET SESSION AUTHORIZATION dba;
+SELECT migrate.define('plain', 'plain', 'plain_target', on_target_delete => 'delete');
+SELECT migrate.set('users_to_profiles', 'cancel_blockers', '100 ms'), migrate.start('plain');
+SQL
+wait_phase($node, 'ready', 'plain');
+for my $statements ([ 'SELECT count(*) FROM profile' ], [ 'SET TRANSACTION ISOLATION LEVEL REPEATABLE READ', 'SELECT 1' ])
+{
+	my @holders = map { [ holder($_, @$statements) ] } qw(app postgres);  # (dba may end the first, not the second)
+	my ($status, undef, $error) = $node->psql('postgres', "BEGIN; SELECT migrate.cutover('plain', skip => '{snapshots}'); SELECT migrate.rollback('$m'); COMMIT",
+		extra_params => [ '-U', 'dba' ], timeout => 120);
+	like($error, qr/could not roll back.*holds locks of an earlier step.*nobody is ended/s, "$statements->[-1]: it gives up soon, and says why");
+	unlike($error, qr/WARNING/, '… having ended nobody');
+	is(is_there($_->[1]), 1, '… and PID ' . ($_->[1]) . ' goes on') for @holders;
+	is($node->safe_psql('postgres', "SELECT migrate.serves('plain') || ' ' || migrate.serves('$m')"), 'source target', '… and both are as they were');
+	for (@holders) { $_->[0]->query_safe('COMMIT') if is_there($_->[1]) }
+}
+
 done_testing();
