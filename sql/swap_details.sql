@@ -1,4 +1,5 @@
--- A swap, detail by detail: policies that both tables have by the same name, the bounds of an identity.
+-- A swap, detail by detail: policies that both tables have by the same name, the bounds of an identity, and a way back that
+-- what has gone meanwhile does not bar.
 \set SHOW_CONTEXT never
 SET client_min_messages = warning;
 SET jit = off;
@@ -134,6 +135,113 @@ SELECT * FROM s ORDER BY v;
 DROP TABLE there_and_back, s, t;
 DROP PROCEDURE swapped(text, text, text);
 DROP FUNCTION counts(text);
+
+-- Several, one of which references the other: what was done last is undone first, whatever their order.
+CREATE TABLE customers (id int PRIMARY KEY);
+CREATE TABLE customers_new (id bigint PRIMARY KEY);
+CREATE TABLE orders (id int PRIMARY KEY, client int CONSTRAINT of_client REFERENCES customers);
+CREATE TABLE orders_new (id bigint PRIMARY KEY, client bigint);
+INSERT INTO customers VALUES (1), (2);
+INSERT INTO orders VALUES (1, 1), (2, 2);
+SELECT migrate.define('orders', 'orders', 'orders_new', on_target_delete => 'delete');
+SELECT migrate.define('customers', 'customers', 'customers_new', on_target_delete => 'delete');
+SELECT migrate.set(m, 'cutover', 'swap') FROM unnest('{orders,customers}'::text[]) m;
+SELECT migrate.start(m) FROM unnest('{orders,customers}'::text[]) m;
+CALL worked('orders', 'ready');
+CALL worked('customers', 'ready');
+CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql AS $$ SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'swap_test'::regnamespace ORDER BY 1 $$;
+SELECT keys();
+SELECT migrate.cutover('{orders,customers}'::text[]);
+CALL worked('orders', 'cut_over');
+CALL worked('customers', 'cut_over');
+SELECT keys();
+SELECT migrate.rollback('{orders,customers}'::text[]);
+CALL worked('orders', 'ready');
+CALL worked('customers', 'ready');
+SELECT keys();
+-- There one by one, in the other order; and back one by one, in each order.
+SELECT migrate.cutover('customers');
+SELECT migrate.cutover('orders');
+SELECT migrate.rollback('{customers,orders}'::text[]);
+CALL worked('orders', 'ready');
+CALL worked('customers', 'ready');
+SELECT keys();
+SELECT migrate.cutover('{orders,customers}'::text[]);
+SELECT migrate.rollback('orders');
+SELECT migrate.rollback('customers');
+CALL worked('orders', 'ready');
+CALL worked('customers', 'ready');
+SELECT keys();
+SELECT migrate.cutover('{orders,customers}'::text[]);
+SELECT migrate.rollback('customers');
+SELECT migrate.rollback('orders');
+CALL worked('orders', 'ready');
+CALL worked('customers', 'ready');
+SELECT keys();
+SELECT migrate.cancel(m) FROM unnest('{orders,customers}'::text[]) m;
+CALL worked('orders', 'cancelled');
+CALL worked('customers', 'cancelled');
+SELECT migrate.drop(m) FROM unnest('{orders,customers}'::text[]) m;
+DROP TABLE orders, orders_new, customers, customers_new;
+
+-- What the swap has carried, and somebody drops after the cutover.
+CREATE TABLE clients (id int PRIMARY KEY);
+CREATE TABLE s (id int PRIMARY KEY, client int CONSTRAINT s_client REFERENCES clients, v int CONSTRAINT s_v CHECK (v > 0), w int, x int);
+CREATE TABLE t (id bigint PRIMARY KEY, client int, v int CONSTRAINT t_v CHECK (v > 0), w int, x int, extra int);
+CREATE TABLE lines (s int CONSTRAINT of_s REFERENCES s, kept int CONSTRAINT of_kept REFERENCES s);
+COMMENT ON CONSTRAINT of_s ON lines IS 'gone with its key';
+CREATE INDEX s_w ON s (w);
+CREATE INDEX t_w ON t (w);
+CREATE INDEX s_x ON s (x);
+CREATE INDEX t_x ON t (x);
+CREATE STATISTICS s_stat (ndistinct) ON v, w FROM s;
+CREATE STATISTICS t_stat (ndistinct) ON v, w FROM t;
+CREATE POLICY mine ON s USING (v > 1);
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TRIGGER noted AFTER INSERT ON s FOR EACH ROW EXECUTE FUNCTION nothing();
+CREATE TRIGGER noted_too AFTER INSERT ON s FOR EACH ROW EXECUTE FUNCTION nothing();
+CREATE VIEW shown AS SELECT s.w FROM s;
+SET client_min_messages = error;  -- wal_level may be replica
+CREATE PUBLICATION swap_gone FOR TABLE s;
+SET client_min_messages = warning;
+INSERT INTO clients VALUES (1);
+INSERT INTO s SELECT g, 1, g, g, g FROM generate_series(1, 10) g;
+SELECT migrate.define('m', 's', 't', on_target_delete => 'delete');
+SELECT migrate.set('m', 'cutover', 'swap');
+SELECT migrate.start('m');
+CALL worked('m', 'ready');
+SELECT migrate.cutover('m');
+CALL worked('m', 'cut_over');
+DROP INDEX s_w;
+DROP STATISTICS s_stat;
+DROP POLICY mine ON s;
+DROP TRIGGER noted ON s;
+DROP TRIGGER noted_too ON s_old;
+ALTER TABLE s DROP CONSTRAINT s_v, DROP CONSTRAINT s_client;
+ALTER TABLE lines DROP CONSTRAINT of_s;
+DROP PUBLICATION swap_gone;
+-- (A view that cannot read the old table is not gone: that still is an error, and nothing has changed.)
+CREATE OR REPLACE VIEW shown AS SELECT s.w, s.extra FROM s;
+\set VERBOSITY sqlstate
+SELECT migrate.rollback('m');
+\set VERBOSITY terse
+SELECT to_regclass('s_old'), migrate.serves('m');
+DROP VIEW shown;
+SET client_min_messages = notice;
+SELECT migrate.rollback('m');
+SET client_min_messages = warning;
+CALL worked('m', 'ready');
+SELECT c.relname, i.relname AS index FROM pg_class c JOIN pg_index x ON x.indrelid = c.oid JOIN pg_class i ON i.oid = x.indexrelid WHERE c.oid IN ('s'::regclass, 't'::regclass) ORDER BY 1, 2;
+SELECT tgrelid::regclass, tgname, tgenabled FROM pg_trigger WHERE tgrelid IN ('s'::regclass, 't'::regclass) AND tgname LIKE 'noted%' ORDER BY 1, 2;
+SELECT stxrelid::regclass, stxname FROM pg_statistic_ext WHERE stxnamespace = 'swap_test'::regnamespace;
+SELECT keys();
+SELECT verdict FROM migrate.validate('m');
+-- and there once more, with all of it
+SELECT migrate.cutover('m');
+SELECT migrate.rollback('m');
+SELECT migrate.cancel('m');
+CALL worked('m', 'cancelled');
+SELECT migrate.drop('m');
 
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other;

@@ -70,13 +70,15 @@ LANGUAGE sql IMMUTABLE AS $$
     ORDER BY u.i
 $$;
 
--- The switch of all of them under the locks of all. A rehearsal of the rollback before the first cutover goes there first.
+-- The switch of all of them under the locks of all. What was switched last goes back first, for a swap knows the others as they were then.
+-- A rehearsal of the rollback before the first cutover goes there first.
 CREATE FUNCTION migrate._switch_all(parts jsonb, caller regrole, side text, move_sequences boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     p record;
 BEGIN
-    FOR p IN SELECT * FROM migrate._switch_parts(parts) x WHERE x.due LOOP
+    FOR p IN SELECT x.* FROM migrate._switch_parts(parts) x JOIN migrate._migration m USING (id) WHERE x.due
+             ORDER BY CASE side WHEN 'source' THEN m.cut_over_at END DESC, CASE side WHEN 'source' THEN -x.place ELSE x.place END LOOP
         parts := jsonb_set(parts, ARRAY[p.place::text, 'did'], to_jsonb(concat_ws(E'\n',
             CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, p.swap, move_sequences) END,
             migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, p.swap, move_sequences))));
