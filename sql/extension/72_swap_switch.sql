@@ -75,14 +75,21 @@ LANGUAGE sql STABLE AS $$
                        ELSE coalesce(migrate._table_owner(s.relation), s.role) END
 $$;
 
--- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3).
-CREATE FUNCTION migrate._swap_locks(m_ids integer[]) RETURNS TABLE (rank integer, relation regclass, mode text)
+-- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3). A foreign key
+-- that is dropped is dropped on both tables: on the way back, and so in its rehearsal, those that cutover adds to the target.
+CREATE FUNCTION migrate._swap_locks(m_ids integer[], side text) RETURNS TABLE (rank integer, relation regclass, mode text)
 LANGUAGE sql VOLATILE AS $$
     WITH m AS (SELECT x FROM migrate._migration x WHERE x.id = ANY (m_ids) AND (migrate._opt(x.id, 'cutover') = 'swap' OR migrate._is_swapped(x.id))
+    ), steps AS (
+        SELECT s.* FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
     ), changed AS (
-        SELECT s.relation::regclass FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
+        SELECT s.relation::regclass FROM steps s
         UNION SELECT s.relation FROM m JOIN migrate._swapped s ON s.migration = (m.x).id
         UNION SELECT r FROM m JOIN migrate._flow f ON f.migration = (m.x).id, LATERAL (SELECT migrate._partition_tree(f.source) UNION SELECT migrate._partition_tree(f.target)) t(r)
+        UNION SELECT r FROM m JOIN migrate._swapped s ON s.migration = (m.x).id AND s.kind = 'key' JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid = s.relation
+              AND starts_with(s.object, format('foreign key %I of ', k.conname)), LATERAL migrate._partition_tree(k.confrelid) r
+        UNION SELECT r FROM steps s JOIN pg_constraint k ON k.contype = 'f' AND s.object = format('foreign key %I of %s', k.conname, k.conrelid::regclass),
+              LATERAL migrate._partition_tree(k.confrelid) r WHERE side = 'source' AND s.kind = 'key'
     )
     SELECT CASE k.relkind WHEN 'v' THEN 1 WHEN 'S' THEN 3 ELSE 2 END, c.relation, 'ACCESS EXCLUSIVE' FROM changed c JOIN pg_class k ON k.oid = c.relation
     UNION
