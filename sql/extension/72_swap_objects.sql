@@ -1,21 +1,46 @@
 -- What a swap does with what depends on the table: policies, triggers, views, functions, publications; and what it cannot carry.
 
+-- What follows CREATE POLICY … ON …, its columns by the names that `relation` has for their numbers; NULL: without what it says of rows.
+CREATE FUNCTION migrate._swap_policy_text(q pg_policy, relation oid) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format(' AS %s FOR %s TO %s%s%s', CASE WHEN q.polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
+        CASE q.polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
+        (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE r::regrole::text END, ', ' ORDER BY r) FROM unnest(q.polroles) r),
+        ' USING (' || pg_get_expr(q.polqual, relation) || ')', ' WITH CHECK (' || pg_get_expr(q.polwithcheck, relation) || ')')
+$$;
+
+-- Whether the target's policy says what the source's says. (In a subquery PostgreSQL prints the table's name before a column. So the
+-- target's is printed by the source's name too, where its columns have the same numbers there.)
+CREATE FUNCTION migrate._swap_same_policy(p migrate._swap_pair, ours pg_policy, theirs pg_policy) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT migrate._swap_policy_text(ours, p.source) IN (migrate._swap_policy_text(theirs, p.target), CASE WHEN NOT EXISTS (
+        SELECT FROM pg_depend d JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = d.refobjsubid LEFT JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = b.attnum
+        WHERE d.classid = 'pg_policy'::regclass AND d.objid = theirs.oid AND d.refclassid = 'pg_class'::regclass AND d.refobjid = p.target AND a.attname IS DISTINCT FROM b.attname)
+        THEN migrate._swap_policy_text(theirs, p.source) END)
+$$;
+
+-- One that both have by the same name must say the same: else rows that the source's hides would become readable.
 CREATE FUNCTION migrate._swap_policies(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     q record;
 BEGIN
-    FOR q IN SELECT x.oid, x.polname, format(' AS %s FOR %s TO %s%s%s', CASE WHEN x.polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
-                        CASE x.polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
-                        (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE r::regrole::text END, ', ') FROM unnest(x.polroles) r),
-                        ' USING (' || pg_get_expr(x.polqual, x.polrelid) || ')', ' WITH CHECK (' || pg_get_expr(x.polwithcheck, x.polrelid) || ')') AS definition,
-                    migrate._swap_unlike(p, 'pg_policy', x.oid, false) AS unlike
-             FROM pg_policy x WHERE x.polrelid = p.source AND x.polname NOT IN (SELECT y.polname FROM pg_policy y WHERE y.polrelid = p.target) ORDER BY x.polname LOOP
-        IF q.unlike IS NOT NULL THEN
-            RETURN NEXT migrate._swap_refused(format('policy %I of %s', q.polname, p.source), 'cannot be made on the target: ' || q.unlike, format('CREATE POLICY %I ON %s …;', q.polname, p.target));
+    FOR q IN SELECT x.polname, x AS ours, y AS theirs, y.oid AS twin, migrate._swap_unlike(p, 'pg_policy', x.oid, false) AS unlike, format('policy %I of %s', x.polname, p.source) AS object
+             FROM pg_policy x LEFT JOIN pg_policy y ON y.polrelid = p.target AND y.polname = x.polname WHERE x.polrelid = p.source ORDER BY x.polname LOOP
+        IF q.twin IS NOT NULL AND migrate._swap_same_policy(p, q.ours, q.theirs) THEN
+            CONTINUE;
+        ELSIF q.twin IS NOT NULL AND q.unlike IS NOT NULL AND migrate._swap_policy_text(q.ours, NULL) = migrate._swap_policy_text(q.theirs, NULL) THEN
+            RETURN NEXT migrate._swap_warning(q.object, format('is replaced by the target''s policy of that name, which cannot be compared, for %s: it is%s, there%s', q.unlike, migrate._swap_policy_text(q.ours, p.source),
+                migrate._swap_policy_text(q.theirs, p.target)), 'See to it that both show the same rows.');
+        ELSIF q.twin IS NOT NULL THEN
+            RETURN NEXT migrate._swap_refused(q.object, format('is not what the target''s policy of that name is: it is%s, there%s', migrate._swap_policy_text(q.ours, p.source), migrate._swap_policy_text(q.theirs, p.target)),
+                format('DROP POLICY %I ON %s; and ', q.polname, p.target) || CASE WHEN q.unlike IS NULL THEN 'cutover makes it as the source''s is.'
+                    ELSE format('CREATE POLICY %I ON %s%s …;', q.polname, p.target, migrate._swap_policy_text(q.ours, NULL)) END);
+        ELSIF q.unlike IS NOT NULL THEN
+            RETURN NEXT migrate._swap_refused(q.object, 'cannot be made on the target: ' || q.unlike, format('CREATE POLICY %I ON %s …;', q.polname, p.target));
         ELSE
             RETURN NEXT migrate._swap_step(12, 'step', 'policy ' || quote_ident(q.polname), format('policy %I is made on the new table', q.polname), p.target, p.owner,
-                ARRAY[format('CREATE POLICY %I ON ', q.polname), q.definition], ARRAY[format('DROP POLICY %I ON ', q.polname), '']);
+                ARRAY[format('CREATE POLICY %I ON ', q.polname), migrate._swap_policy_text(q.ours, p.source)], ARRAY[format('DROP POLICY %I ON ', q.polname), '']);
         END IF;
     END LOOP;
     IF (SELECT a.relrowsecurity AND NOT b.relrowsecurity FROM pg_class a, pg_class b WHERE a.oid = p.source AND b.oid = p.target) THEN

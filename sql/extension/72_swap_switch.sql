@@ -75,14 +75,21 @@ LANGUAGE sql STABLE AS $$
                        ELSE coalesce(migrate._table_owner(s.relation), s.role) END
 $$;
 
--- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3).
-CREATE FUNCTION migrate._swap_locks(m_ids integer[]) RETURNS TABLE (rank integer, relation regclass, mode text)
+-- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3). A foreign key
+-- that is dropped is dropped on both tables: on the way back, and so in its rehearsal, those that cutover adds to the target.
+CREATE FUNCTION migrate._swap_locks(m_ids integer[], side text) RETURNS TABLE (rank integer, relation regclass, mode text)
 LANGUAGE sql VOLATILE AS $$
     WITH m AS (SELECT x FROM migrate._migration x WHERE x.id = ANY (m_ids) AND (migrate._opt(x.id, 'cutover') = 'swap' OR migrate._is_swapped(x.id))
+    ), steps AS (
+        SELECT s.* FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
     ), changed AS (
-        SELECT s.relation::regclass FROM m, LATERAL migrate._swap_steps(m.x, (m.x).owner) s WHERE NOT migrate._is_swapped((m.x).id)
+        SELECT s.relation::regclass FROM steps s
         UNION SELECT s.relation FROM m JOIN migrate._swapped s ON s.migration = (m.x).id
         UNION SELECT r FROM m JOIN migrate._flow f ON f.migration = (m.x).id, LATERAL (SELECT migrate._partition_tree(f.source) UNION SELECT migrate._partition_tree(f.target)) t(r)
+        UNION SELECT r FROM m JOIN migrate._swapped s ON s.migration = (m.x).id AND s.kind = 'key' JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid = s.relation
+              AND starts_with(s.object, format('foreign key %I of ', k.conname)), LATERAL migrate._partition_tree(k.confrelid) r
+        UNION SELECT r FROM steps s JOIN pg_constraint k ON k.contype = 'f' AND s.object = format('foreign key %I of %s', k.conname, k.conrelid::regclass),
+              LATERAL migrate._partition_tree(k.confrelid) r WHERE side = 'source' AND s.kind = 'key'
     )
     SELECT CASE k.relkind WHEN 'v' THEN 1 WHEN 'S' THEN 3 ELSE 2 END, c.relation, 'ACCESS EXCLUSIVE' FROM changed c JOIN pg_class k ON k.oid = c.relation
     UNION
@@ -162,14 +169,39 @@ BEGIN
     RETURN ARRAY(SELECT x.says FROM unnest(steps) x WHERE migrate._swap_is_done(x.kind));
 END $$;
 
--- The other way: the names first, then all the rest, last to first. What is gone meanwhile is not made again; a view or a function is
--- put back as it is now.
+-- Undoes these steps. What is gone meanwhile is not made again: a relation or a function, and, where `spares`, whatever else a statement
+-- does not find. (Of a table that changes its name, and of a view or a function that is there, a thing that is not found is another one.)
+CREATE FUNCTION migrate._swap_undo(steps migrate._swapped[], spares boolean) RETURNS text[]
+LANGUAGE plpgsql AS $$
+DECLARE
+    s migrate._swapped;
+    gone boolean;
+    did text[] := '{}';
+BEGIN
+    FOREACH s IN ARRAY steps LOOP
+        gone := s.relation IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relation) OR s.kind = 'function' AND to_regprocedure(s.object) IS NULL;
+        IF NOT gone AND spares AND s.kind NOT IN ('name', 'view', 'function') THEN
+            BEGIN
+                PERFORM migrate._swap_execute(s.relation, s.inverse, migrate._swapped_role(s));
+            EXCEPTION WHEN undefined_object OR undefined_table OR undefined_column THEN
+                gone := true;
+                RAISE NOTICE '% is gone: nothing is put back', s.object USING DETAIL = sqlerrm || '.';
+            END;
+        ELSIF NOT gone THEN
+            PERFORM migrate._swap_execute(s.relation, s.inverse, migrate._swapped_role(s));
+        END IF;
+        did := did || (s.object || CASE WHEN gone THEN ' is gone: nothing is put back' ELSE ' is put back' END);
+        -- @point swap: one step back
+    END LOOP;
+    RETURN did;
+END $$;
+
+-- The other way: the names first, then all the rest, last to first. A view or a function is put back as it is now.
 CREATE FUNCTION migrate._swap_back(m migrate._migration, caller regrole) RETURNS text[]
 LANGUAGE plpgsql AS $$
 DECLARE
     steps migrate._swapped[];
-    s migrate._swapped;
-    did text[] := '{}';
+    did text[];
     theirs record;
 BEGIN
     SELECT * INTO theirs FROM migrate._swapped_foreign(m.id, caller);
@@ -178,17 +210,12 @@ BEGIN
     END IF;
     UPDATE migrate._swapped x SET inverse = CASE x.kind WHEN 'view' THEN migrate._swap_view_text(x.relation) ELSE ARRAY[pg_get_functiondef(to_regprocedure(x.object))] END
     WHERE x.migration = m.id AND (x.kind = 'view' AND EXISTS (SELECT FROM pg_class c WHERE c.oid = x.relation) OR x.kind = 'function' AND to_regprocedure(x.object) IS NOT NULL);
-    steps := ARRAY(SELECT x FROM migrate._swapped x WHERE x.migration = m.id ORDER BY x.kind = 'name' DESC, x.kind = 'comment', x.ordinal DESC);
-    FOREACH s IN ARRAY steps LOOP
-        CONTINUE WHEN s.inverse IS NULL;
-        IF s.relation IS NOT NULL AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = s.relation) OR s.kind = 'function' AND to_regprocedure(s.object) IS NULL THEN
-            did := did || format('%s is gone: nothing is put back', s.object);
-            CONTINUE;
-        END IF;
-        PERFORM migrate._swap_execute(s.relation, s.inverse, migrate._swapped_role(s));
-        did := did || format('%s is put back', s.object);
-        -- @point swap: one step back
-    END LOOP;
+    steps := ARRAY(SELECT x FROM migrate._swapped x WHERE x.migration = m.id AND x.inverse IS NOT NULL ORDER BY x.kind = 'name' DESC, x.kind = 'comment', x.ordinal DESC);
+    BEGIN
+        did := migrate._swap_undo(steps, false);
+    EXCEPTION WHEN undefined_object OR undefined_table OR undefined_column THEN
+        did := migrate._swap_undo(steps, true);  -- once more, each in a subtransaction of its own: nobody else is to look through so many
+    END;
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
     PERFORM migrate._swap_validates(m);
     DELETE FROM migrate._swapped x WHERE x.migration = m.id;

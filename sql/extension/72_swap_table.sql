@@ -64,6 +64,17 @@ BEGIN
     WHERE s.seqrelid = sequence AND b.oid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) AND b.typlen > a.typlen;
 END $$;
 
+-- How an identity like this one counts, as a column of that type. A bound that is the old type's becomes the new type's, and none is
+-- beyond that.
+CREATE FUNCTION migrate._swap_counting(s pg_sequence, type oid) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT concat(format('INCREMENT BY %s CACHE %s', s.seqincrement, s.seqcache), CASE WHEN s.seqcycle THEN ' CYCLE' END,
+        ' START WITH ' || CASE WHEN s.seqstart BETWEEN -b.size AND b.size - 1 THEN s.seqstart END,
+        ' MINVALUE ' || CASE WHEN s.seqmin < b.size - 1 AND s.seqmin <> CASE WHEN s.seqincrement > 0 THEN 1 ELSE -a.size END THEN greatest(s.seqmin, -b.size) END,
+        ' MAXVALUE ' || CASE WHEN s.seqmax > -b.size AND s.seqmax <> CASE WHEN s.seqincrement > 0 THEN a.size - 1 ELSE -1 END THEN least(s.seqmax, b.size - 1) END)
+    FROM (SELECT trunc(2::numeric ^ (8 * t.typlen - 1)) AS size FROM pg_type t WHERE t.oid = s.seqtypid) a, (SELECT trunc(2::numeric ^ (8 * t.typlen - 1)) AS size FROM pg_type t WHERE t.oid = type) b
+$$;
+
 -- An identity has a sequence of its own; the new one is called as the old one was.
 CREATE FUNCTION migrate._swap_identity(p migrate._swap_pair, dest name, identity "char", sequence regclass, aside text) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
@@ -73,10 +84,10 @@ DECLARE
 BEGIN
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, sequence, aside);
     RETURN QUERY SELECT (migrate._swap_step(3, 'step', 'column ' || quote_ident(dest), format('column %I becomes an identity, by a sequence that is called %s', dest, name), p.target, p.owner,
-        ARRAY['ALTER TABLE ', format(' ALTER %I ADD GENERATED %s AS IDENTITY (SEQUENCE NAME %s START WITH %s INCREMENT BY %s CACHE %s%s)', dest, CASE identity WHEN 'a' THEN 'ALWAYS' ELSE 'BY DEFAULT' END,
-              name, s.seqstart, s.seqincrement, s.seqcache, CASE WHEN s.seqcycle THEN ' CYCLE' ELSE '' END)],
+        ARRAY['ALTER TABLE ', format(' ALTER %I ADD GENERATED %s AS IDENTITY (SEQUENCE NAME %s %s)', dest, CASE identity WHEN 'a' THEN 'ALWAYS' ELSE 'BY DEFAULT' END,
+              name, migrate._swap_counting(s, a.atttypid))],
         ARRAY['ALTER TABLE ', format(' ALTER %I DROP IDENTITY', dest)])).*
-    FROM pg_sequence s WHERE s.seqrelid = sequence;
+    FROM pg_sequence s, pg_attribute a WHERE s.seqrelid = sequence AND a.attrelid = p.target AND a.attname = dest;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(sequence, NULL) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || sequence, format('%s on sequence %s is granted to %s', g.privilege, sequence, g.grantee), NULL, p.owner,
             ARRAY[format('GRANT %s ON SEQUENCE %s TO %s%s', g.privilege, name, g.grantee, g.with_option)], NULL);

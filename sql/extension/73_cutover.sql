@@ -3,14 +3,14 @@
 
 -- Everything to lock, in the one order that does not deadlock with an application, which locks the view first, then its table, then the
 -- table's sequence: of several migrations all views, then all tables, then all sequences.
-CREATE FUNCTION migrate._switch_locks(m_ids integer[], OUT relations regclass[], OUT modes text[])
+CREATE FUNCTION migrate._switch_locks(m_ids integer[], side text, OUT relations regclass[], OUT modes text[])
 LANGUAGE sql VOLATILE AS $$
     WITH wanted AS (
         SELECT 1 AS rank, v.view AS relation, 'ACCESS EXCLUSIVE' AS mode FROM migrate._view v JOIN pg_class c ON c.oid = v.view WHERE v.migration = ANY (m_ids)
         UNION SELECT 2, r, 'SHARE ROW EXCLUSIVE' FROM migrate._flow f, LATERAL (SELECT migrate._partition_tree(f.source) UNION
               SELECT migrate._partition_tree(f.target)) AS t(r) WHERE f.migration = ANY (m_ids)
         UNION SELECT 3, s.sequence, 'SHARE ROW EXCLUSIVE' FROM unnest(m_ids) m(id), LATERAL migrate._sequences(m.id) s
-        UNION SELECT * FROM migrate._swap_locks(m_ids)
+        UNION SELECT * FROM migrate._swap_locks(m_ids, side)
     ), strongest AS (SELECT w.rank, w.relation, min(w.mode) AS mode FROM wanted w GROUP BY 1, 2)  -- (the names are in that order)
     SELECT array_agg(w.relation ORDER BY w.rank, w.relation::oid), array_agg(w.mode ORDER BY w.rank, w.relation::oid) FROM strongest w
 $$;
@@ -70,13 +70,15 @@ LANGUAGE sql IMMUTABLE AS $$
     ORDER BY u.i
 $$;
 
--- The switch of all of them under the locks of all. A rehearsal of the rollback before the first cutover goes there first.
+-- The switch of all of them under the locks of all. What was switched last goes back first, for a swap knows the others as they were then.
+-- A rehearsal of the rollback before the first cutover goes there first.
 CREATE FUNCTION migrate._switch_all(parts jsonb, caller regrole, side text, move_sequences boolean) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     p record;
 BEGIN
-    FOR p IN SELECT * FROM migrate._switch_parts(parts) x WHERE x.due LOOP
+    FOR p IN SELECT x.* FROM migrate._switch_parts(parts) x JOIN migrate._migration m USING (id) WHERE x.due
+             ORDER BY CASE side WHEN 'source' THEN m.cut_over_at END DESC, CASE side WHEN 'source' THEN -x.place ELSE x.place END LOOP
         parts := jsonb_set(parts, ARRAY[p.place::text, 'did'], to_jsonb(concat_ws(E'\n',
             CASE WHEN p.rehearsal THEN migrate._switch_sides(p.id, caller, 'target', p.skipped, p.floors, p.swap, move_sequences) END,
             migrate._switch_sides(p.id, caller, side, p.skipped, p.floors, p.swap, move_sequences))));
@@ -165,7 +167,7 @@ BEGIN
     END IF;
     BEGIN  -- undone, so that no lock of what is read here stays
         parts := migrate._switch_gates(parts, caller, side);
-        SELECT * INTO locks FROM migrate._switch_locks(ARRAY(SELECT p.id FROM migrate._switch_parts(parts) p WHERE p.due));
+        SELECT * INTO locks FROM migrate._switch_locks(ARRAY(SELECT p.id FROM migrate._switch_parts(parts) p WHERE p.due), side);
         PERFORM migrate._prepare_view(v, side) FROM migrate._switch_parts(parts) p JOIN migrate._view v ON v.migration = p.id JOIN pg_class c ON c.oid = v.view WHERE p.due;
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
@@ -237,7 +239,7 @@ BEGIN
             parts := jsonb_set(parts, ARRAY[p.place::text, 'swap'], coalesce(migrate._swap_planned(p.migration, caller), 'null'));
         END IF;
         parts := jsonb_set(parts, ARRAY[p.place::text, 'locks'], (SELECT to_jsonb(string_agg(format('locked: %s, %s', u.relation, u.mode), E'\n' ORDER BY u.i))
-            FROM migrate._switch_locks(ARRAY[p.id]) l, unnest(l.relations, l.modes) WITH ORDINALITY AS u(relation, mode, i)));
+            FROM migrate._switch_locks(ARRAY[p.id], side) l, unnest(l.relations, l.modes) WITH ORDINALITY AS u(relation, mode, i)));
     END LOOP;
     RETURN parts;
 END $$;

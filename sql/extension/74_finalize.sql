@@ -274,9 +274,13 @@ BEGIN
     BEGIN  -- undone, so that no lock of what is read here stays
         SELECT coalesce(jsonb_agg(jsonb_build_object('relation', c.relation::oid, 'column_name', c.column_name)), '[]') INTO columns
         FROM migrate._columns_to_drop(m, drop_columns) c;
-        SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
-        FROM migrate._flow f, LATERAL unnest(ARRAY[f.source, f.target]) s(root), LATERAL migrate._partition_tree(s.root) r
-        WHERE f.migration = m.id AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.root);
+        WITH own AS (
+            SELECT r, s.root = f.source AS old FROM migrate._flow f, LATERAL unnest(ARRAY[f.source, f.target]) s(root), LATERAL migrate._partition_tree(s.root) r
+            WHERE f.migration = m.id AND EXISTS (SELECT FROM pg_class c WHERE c.oid = s.root)
+        ), referenced AS (  -- by a foreign key that goes along, which is dropped on both tables
+            SELECT k.confrelid::regclass FROM own JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid = own.r
+            WHERE own.old AND (drop_source OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attname = ANY (drop_columns)))
+        ) SELECT array_agg(x.r ORDER BY x.r) INTO tables FROM (SELECT own.r FROM own UNION TABLE referenced) x;
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;

@@ -65,6 +65,13 @@ LANGUAGE sql STABLE AS $$
     FROM migrate._flow f WHERE f.id = d.flow
 $$;
 
+-- Whether there is nothing left to restore: the table is gone, or what a swap has added to it.
+CREATE FUNCTION migrate._is_gone(d migrate._deferred, relation regclass) RETURNS boolean
+LANGUAGE sql VOLATILE AS $$
+    SELECT NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = _is_gone.relation)
+        OR d.relation IS NOT NULL AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = d.relation AND k.conname = d.name)
+$$;
+
 -- What src/restore.cpp is to run for this job, as whom, on which table, and in which tablespace an index goes; no row: nothing.
 CREATE FUNCTION migrate._restore_statement(j migrate._job) RETURNS TABLE (role oid, relation oid, statement text, tablespace text)
 LANGUAGE plpgsql AS $$
@@ -73,7 +80,7 @@ DECLARE
     present record;
 BEGIN
     SELECT c.oid, c.relowner, d.tablespace INTO relation, role, tablespace FROM migrate._flow f JOIN pg_class c ON c.oid = coalesce(d.relation, f.target) WHERE f.id = d.flow;
-    IF NOT FOUND OR d.state NOT IN ('building', 'validating') THEN
+    IF NOT FOUND OR d.state NOT IN ('building', 'validating') OR migrate._is_gone(d, relation) THEN
         RETURN;
     ELSIF d.kind = 'foreign_key' THEN
         statement := format('ALTER TABLE %s VALIDATE CONSTRAINT %I', migrate._relation_name(relation), d.name);
@@ -108,7 +115,7 @@ DECLARE
     relation regclass := (SELECT coalesce(d.relation, f.target) FROM migrate._flow f WHERE f.id = d.flow);
     owner regrole;
     present record;
-    gone boolean := NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = relation);
+    gone boolean := migrate._is_gone(d, relation);
 BEGIN
     IF NOT gone AND d.kind = 'index' THEN
         owner := migrate._table_owner(relation);
@@ -123,10 +130,10 @@ BEGIN
         FROM generate_subscripts(d.statistics, 1) AS s(i) WHERE d.statistics[s.i] IS NOT NULL;
         PERFORM migrate._as(owner, format('COMMENT ON INDEX %s IS %L', migrate._relation_name(present.index), d.comment)) WHERE d.comment IS NOT NULL;
     END IF;
-    UPDATE migrate._deferred x SET state = CASE WHEN gone THEN 'given_up' ELSE 'restored' END, why = CASE WHEN gone THEN 'its table is gone' END
+    UPDATE migrate._deferred x SET state = CASE WHEN gone THEN 'given_up' ELSE 'restored' END, why = CASE WHEN gone THEN 'it is gone, or its table' END
     WHERE x.flow = d.flow AND x.ordinal = d.ordinal;
     PERFORM migrate._note(m.id, 0, NULL);
-    PERFORM migrate._event(m, caller, 'restored', CASE WHEN gone THEN migrate._deferred_name(d) || ' cannot be: its table is gone' ELSE format('%s of %s', migrate._deferred_name(d), relation) END);
+    PERFORM migrate._event(m, caller, 'restored', CASE WHEN gone THEN migrate._deferred_name(d) || ' cannot be: it is gone, or its table' ELSE format('%s of %s', migrate._deferred_name(d), relation) END);
     -- @point restore: noted
 END $$;
 
@@ -217,7 +224,9 @@ DECLARE
     d migrate._deferred := (SELECT x FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal);
     reason text := format('%s (SQLSTATE %s)', message, sqlstate);
 BEGIN
-    IF m.phase = 'cancelled' THEN
+    IF d.relation IS NOT NULL AND migrate._is_gone(d, d.relation) THEN  -- just now
+        PERFORM migrate._note_restored(m, NULL, d);
+    ELSIF m.phase = 'cancelled' THEN
         PERFORM migrate._give_up(m, d, reason);
     ELSE
         PERFORM migrate._fail(m, format('%s %s: %s%s', CASE j.action WHEN 'index' THEN 'building' WHEN 'add_key' THEN 'adding' ELSE 'validating' END, migrate._deferred_name(d), reason,

@@ -235,5 +235,37 @@ subtest 'drop' => sub {
 	is($node->safe_psql('postgres', "SELECT relkind FROM pg_class WHERE oid = 'orders'::regclass"), 'r', 'the source has its name again');
 };
 
+# A foreign key that goes is dropped on both tables: so whoever reads the one it references is in the way, and is named.
+subtest 'a swap, and the table that its source references' => sub {
+	$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE clients (id int PRIMARY KEY);
+CREATE TABLE bills (id int PRIMARY KEY, client int CONSTRAINT of_client REFERENCES clients);
+CREATE TABLE bills_new (id bigint PRIMARY KEY, client int);
+INSERT INTO clients VALUES (1);
+INSERT INTO bills SELECT i, 1 FROM generate_series(1, 100) i;
+SELECT migrate.define('bills', 'bills', 'bills_new', on_target_delete => 'delete'), migrate.set('bills', 'cutover', 'swap'), migrate.start('bills');
+SQL
+	wait_phase($node, 'ready', 'bills');
+	my $read = 'SELECT count(*) FROM clients';
+	refused('the rehearsal of a rollback', 'bills', "migrate.rollback('bills', dry_run => true)", hold($read));
+	is(error_of($node, "SELECT migrate.cutover('bills')"), '', 'cutover drops no key: a reader is not in its way');
+	release();
+	wait_for($node, 'the foreign key is validated', "SELECT bool_and(convalidated) FROM pg_constraint WHERE conname = 'of_client'");
+	refused('rollback', 'bills', "migrate.rollback('bills')", hold($read));
+	waits_politely('rollback', 'bills', "migrate.rollback('bills')");
+	succeeds('rollback', 'bills', "migrate.rollback('bills')");
+	wait_for($node, 'the foreign key is validated', "SELECT bool_and(convalidated) FROM pg_constraint WHERE conname = 'of_client'");
+	$node->safe_psql('postgres', "SELECT migrate.cutover('bills')");
+	wait_for($node, 'the foreign key is validated', "SELECT bool_and(convalidated) FROM pg_constraint WHERE conname = 'of_client'");
+	hold($read);
+	is(error_of($node, "SELECT migrate.finalize('bills', force => 'bills', dry_run => true)"), '', 'finalize that drops no table: neither');
+	release();
+	my $finalize = "migrate.finalize('bills', drop_source => true, force => 'bills')";
+	refused('finalize that drops the source', 'bills', $finalize, hold($read));
+	waits_politely('finalize that drops the source', 'bills', $finalize);
+	succeeds('finalize that drops the source', 'bills', $finalize);
+	is($node->safe_psql('postgres', "SELECT to_regclass('bills_old') IS NULL"), 't', 'and it is gone');
+};
+
 $node->stop;
 done_testing();
