@@ -178,6 +178,15 @@ SELECT migrate.rollback('orders');
 CALL worked('orders', 'ready');
 CALL worked('customers', 'ready');
 SELECT keys();
+-- A worker that validates a key when another migration's swap renames its table looks again; only what stays so is a failure.
+BEGIN;
+SELECT t.tries, f.wait_ms FROM (VALUES (1), (3)) t(tries), migrate._migration m, LATERAL migrate._job_failed(m.id, 0,
+    jsonb_populate_record(NULL::migrate._job, jsonb_build_object('migration', m.id, 'worker', 0, 'action', 'validate_key')), '42P01', 'relation "gone" does not exist', NULL, t.tries, 1) f WHERE m.name = 'customers';
+SELECT failed_reason FROM migrate._migration WHERE name = 'customers';
+SELECT t.tries, f.wait_ms FROM (VALUES (4)) t(tries), migrate._migration m, LATERAL migrate._job_failed(m.id, 0,
+    jsonb_populate_record(NULL::migrate._job, jsonb_build_object('migration', m.id, 'worker', 0, 'action', 'validate_key')), '42P01', 'relation "gone" does not exist', NULL, t.tries, 1) f WHERE m.name = 'customers';
+SELECT failed_reason FROM migrate._migration WHERE name = 'customers';
+ROLLBACK;
 SELECT migrate.cancel(m) FROM unnest('{orders,customers}'::text[]) m;
 CALL worked('orders', 'cancelled');
 CALL worked('customers', 'cancelled');

@@ -53,6 +53,8 @@ BEGIN
         wait_ms := 0;
         IF blame = 'row' AND j.action = 'copy' THEN
             PERFORM migrate._isolate(m, j, sqlstate, object);
+        ELSIF j.action = 'validate_key' AND sqlstate IN ('42P01', '42704') AND tries <= 3 THEN
+            NULL;  -- a swap, of another migration maybe, may just have renamed the table or taken the key away: the next turn looks again
         ELSIF j.action IN ('index', 'add_key', 'validate_key') THEN
             PERFORM migrate._restore_failed(m, j, sqlstate, message);
         ELSIF j.action IN ('watch', 'rollback') THEN  -- what else the worker does must go on

@@ -224,9 +224,7 @@ DECLARE
     d migrate._deferred := (SELECT x FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal);
     reason text := format('%s (SQLSTATE %s)', message, sqlstate);
 BEGIN
-    IF d.relation IS NOT NULL AND migrate._is_gone(d, d.relation) THEN  -- just now
-        PERFORM migrate._note_restored(m, NULL, d);
-    ELSIF m.phase = 'cancelled' THEN
+    IF m.phase = 'cancelled' THEN
         PERFORM migrate._give_up(m, d, reason);
     ELSE
         PERFORM migrate._fail(m, format('%s %s: %s%s', CASE j.action WHEN 'index' THEN 'building' WHEN 'add_key' THEN 'adding' ELSE 'validating' END, migrate._deferred_name(d), reason,
