@@ -4,6 +4,8 @@
 
 namespace migrate {
 
+constexpr char kVirtualColumn = 'v';  // attgenerated, since PostgreSQL 18
+
 struct KeyColumn {
     AttrNumber dest;
     AttrNumber origin;     // 0: a constant
@@ -51,8 +53,8 @@ struct Mapping {
     bool copied_by_place;  // the backfill, under way, reads origin by place: every UPDATE is carried (place_scan.hpp)
     bool kept;             // over transactions, until free_mapping
     MemoryContext context;
-    DirectChoice *direct;                        // direct_apply.cpp's
-    SPIPlanPtr upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
+    DirectChoice *direct;                              // direct_apply.cpp's
+    SPIPlanPtr hold, upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
 };
 
 // Where the attribute is in the list, from 1; 0 where it is not.

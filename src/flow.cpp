@@ -110,6 +110,11 @@ void insert_held(Sql &sql, const Mapping *m, const char *with, const char *keys,
     insert_from(sql.add(" "), m, m->ambiguous ? "locked" : qualified(m->view), condition.c_str());
 }
 
+// Whether ON CONFLICT DO UPDATE locks every row of dest that is there, also those that it leaves as they are.
+bool holds_by_upsert(const Mapping *m) {
+    return !m->partial && !is_only_key(m);
+}
+
 // SQL does not see the rows of a bulk copy that is under way.
 void keep_out_bulk_copies(const Mapping *m) {
     if (!m->reverse) lock_flow(m, ShareLock);
@@ -154,12 +159,13 @@ void upsert_keys(Mapping *m, KeyArrays keys) {
     keep_out_bulk_copies(m);
     as_dest_owner(m, 0, [&] {
         pin_planner_to_heap();
-        if (m->partial) {
-            SPIPlanPtr update = kept_plan(m, &m->update, [&](Sql &sql) {
-                if (!update_from(sql, m, qualified(m->view), view_key_in_params(m)))
-                    sql.add("SELECT");  // nothing but the key
-            });
-            run_latest(update, keys, NULL);
+        // A row that is right already is not written here, and must be held all the same: a worker that does not see
+        // our row of origin yet may be about to delete it.
+        if (!holds_by_upsert(m))
+            run_latest(kept_plan(m, &m->hold, [&](Sql &sql) { hold_dest_rows(sql, m); }), keys, NULL);
+        if (m->partial && !is_only_key(m)) {
+            auto build = [&](Sql &sql) { update_from(sql, m, qualified(m->view), view_key_in_params(m)); };
+            run_latest(kept_plan(m, &m->update, build), keys, NULL);
         }
         SPIPlanPtr upsert =
             kept_plan(m, &m->upsert, [&](Sql &sql) { insert_held(sql, m, "WITH ", view_key_in_params(m)); });
@@ -182,7 +188,7 @@ void remove_keys(Mapping *m, KeyArrays keys) {
 // WITH removed AS (DELETE FROM dest d WHERE <$1 …> AND NOT EXISTS … RETURNING 1)
 // INSERT INTO dest … SELECT … FROM view v WHERE <$n …> AND (SELECT count(*) FROM removed) >= 0 ON CONFLICT …
 void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
-    if (m->partial) {
+    if (!holds_by_upsert(m)) {
         remove_keys(m, removed);
         upsert_keys(m, upserted);
         return;

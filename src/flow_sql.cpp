@@ -196,6 +196,14 @@ char *dest_key_in_params(const Mapping *m) {
     return pstrdup(sql.add(" AND ").add(dest_share(m)).c_str());
 }
 
+bool is_only_key(const Mapping *m) {
+    return for_each_value_column(m, [](int, bool) {}) == 0;
+}
+
+void hold_dest_rows(Sql &sql, const Mapping *m) {
+    sql.add("SELECT FROM ").relation(m->dest).add(" d WHERE ").add(dest_key_in_params(m)).add(" FOR NO KEY UPDATE");
+}
+
 char *view_key_in_params(const Mapping *m, int first) {
     Sql sql;
     if (m->nparams == 1) {

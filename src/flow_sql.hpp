@@ -31,6 +31,12 @@ void locked_rows(Sql &sql, const Mapping *m, const char *condition, const char *
 // INSERT INTO dest AS d (c1, …) SELECT v.c1, … FROM <from> v WHERE <condition> ON CONFLICT (k) DO UPDATE …
 void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condition);
 
+// Whether the mapping has no columns but the key's: then an upsert finds nothing to write where dest has the row.
+bool is_only_key(const Mapping *m);
+
+// SELECT FROM dest d WHERE <keys of the parameters> FOR NO KEY UPDATE
+void hold_dest_rows(Sql &sql, const Mapping *m);
+
 // UPDATE dest d SET c = v.c, … FROM <from> v WHERE <condition> AND v.k = d.k AND <differs>
 // False, and nothing added, where there is nothing but the key.
 bool update_from(Sql &sql, const Mapping *m, const char *from, const char *condition);

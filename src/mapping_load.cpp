@@ -111,10 +111,23 @@ bool upsert_may_fail(const Mapping *m, Relation origin, Relation dest, Relation 
     return false;
 }
 
+// A virtual column is stored nowhere, and is NULL in what a trigger sees: then any change may be one of it, and what it
+// is computed by may raise.
+void look_at_virtual_columns(Mapping *m, Relation origin) {
+    for (int i = 0; i < m->nreads; i++) {
+        if (m->reads[i] <= 0 ||
+            TupleDescAttr(RelationGetDescr(origin), m->reads[i] - 1)->attgenerated != kVirtualColumn)
+            continue;
+        m->nreads = 1, m->reads[0] = 0;
+        m->plain = false;
+    }
+}
+
 void look_at_tables(Mapping *m) {
     Relation origin = relation_open(m->origin, AccessShareLock), dest = relation_open(m->dest, AccessShareLock),
              view = relation_open(m->view, AccessShareLock);
     m->dest_owner = dest->rd_rel->relowner;
+    look_at_virtual_columns(m, origin);
     m->ambiguous = is_ambiguous(m, origin);
     m->partial = is_partial(m, dest);
     m->delete_at_once = references(dest, m->origin);
@@ -157,7 +170,7 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
 }
 
 void free_mapping(Mapping *mapping) {
-    SPIPlanPtr plans[] = {mapping->upsert, mapping->update, mapping->remove, mapping->replace};
+    SPIPlanPtr plans[] = {mapping->hold, mapping->upsert, mapping->update, mapping->remove, mapping->replace};
     for (SPIPlanPtr plan : plans)
         if (plan) SPI_freeplan(plan);
     MemoryContextDelete(mapping->context);

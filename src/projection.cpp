@@ -3,8 +3,6 @@
 namespace migrate {
 namespace {
 
-constexpr char kVirtualColumn = 'v';  // attgenerated, since PostgreSQL 18
-
 struct Builder {
     const Mapping *mapping;
     Relation origin;

@@ -87,7 +87,11 @@ BEGIN
                 WHEN EXISTS (SELECT FROM migrate._event e WHERE e.migration = m_id AND e.kind = 'repaired' AND e.at > latest.at)
                     THEN 'rows were repaired since the latest validation'
                 WHEN EXISTS (SELECT FROM migrate._event e WHERE e.migration = m_id AND e.kind = 'rearmed' AND e.at > latest.at)
-                    THEN 'the dual writes had a gap and were armed again since the latest validation' END;
+                    THEN 'the dual writes had a gap and were armed again since the latest validation'
+                -- (What was written to one target came back to the source, and went no further.)
+                WHEN EXISTS (SELECT FROM migrate._event e WHERE e.migration = m_id AND e.kind = 'phase' AND e.from_phase = 'cut_over' AND e.to_phase = 'ready' AND e.at > latest.at)
+                     AND EXISTS (SELECT FROM migrate._flow a JOIN migrate._flow b ON b.source = a.source AND b.target <> a.target WHERE a.migration = m_id AND b.migration = m_id)
+                    THEN 'what one target of a source was written while it served is not in the source''s other targets, and nothing was validated since the rollback' END;
 END $$;
 
 -- Whether what is written to the target comes back to the source.
