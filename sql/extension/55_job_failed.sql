@@ -118,7 +118,7 @@ CREATE FUNCTION migrate._fail(m migrate._migration, reason text) RETURNS void
 LANGUAGE plpgsql AS $$
 BEGIN
     UPDATE migrate._migration x SET failed_since = clock_timestamp(), failed_reason = reason, throttled_since = NULL, throttled_reason = NULL
-    WHERE x.id = m.id AND x.failed_since IS NULL;
+    WHERE x.id = m.id AND x.failed_since IS NULL AND migrate._is_under_way(x.phase);  -- a cancel may have come first
     IF FOUND THEN
         PERFORM migrate._event(m, NULL, 'failed', reason);
     END IF;

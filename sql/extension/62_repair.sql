@@ -35,6 +35,19 @@ LANGUAGE sql STABLE AS $$
     FROM p
 $$;
 
+-- Raises: what was found before a switch is not mended the other way, where a row that is missing on one side is one too many on the other.
+CREATE FUNCTION migrate._require_found_since_switch(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    switched timestamptz := greatest(m.cut_over_at, (SELECT max(e.at) FROM migrate._event e WHERE e.migration = m.id AND e.kind = 'phase' AND 'cut_over' IN (e.from_phase, e.to_phase) AND e.to_phase <> 'finalized'));
+    old bigint := (SELECT count(*) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.found_at < switched);
+BEGIN
+    IF old > 0 THEN
+        PERFORM migrate._raise('55000', format('%s mismatches of migration "%s" were found before its latest switch', old, m.name),
+            'Since then the other side is right where both differ.', format('SELECT * FROM migrate.validate(%L); looks for them anew.', m.name));
+    END IF;
+END $$;
+
 -- migrate.repair(): the statements, one for each mismatch; with `execute`, instead of them what became of each.
 CREATE FUNCTION migrate._repair(caller regrole, name text, execute boolean) RETURNS SETOF text
 LANGUAGE plpgsql AS $$
@@ -55,6 +68,7 @@ BEGIN
         RAISE NOTICE 'migration "%" has no mismatch on record', m.name USING HINT = format('SELECT * FROM migrate.validate(%L); looks for them.', m.name);
         RETURN;
     END IF;
+    PERFORM migrate._require_found_since_switch(m);
     IF NOT execute THEN
         RETURN QUERY SELECT migrate._repair_sql(x, way) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow
             WHERE f.migration = m.id ORDER BY f.id, x.key COLLATE "C";
