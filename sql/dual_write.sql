@@ -345,6 +345,27 @@ SELECT migrate.drop('nested');
 DROP TABLE nested_t, nested_s;
 DROP FUNCTION again;
 
+-- More statements under savepoints than a transaction may isolate, and more keys than are kept of a statement: each row is applied
+-- once for all, at the commit. What a savepoint takes back is not.
+CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE t (id int PRIMARY KEY, v text);
+CREATE SEQUENCE applied;
+CREATE FUNCTION counted(v text) RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN PERFORM nextval('dual_test.applied'); RETURN v; END $$;
+SELECT migrate.define('many', 's', 't', 'id, dual_test.counted(v) AS v');
+SELECT go('many');
+ALTER SEQUENCE applied RESTART;
+DO $$ BEGIN
+    FOR i IN 1..10160 LOOP
+        BEGIN
+            INSERT INTO s VALUES (i, 'v' || i);
+            IF i % 100 = 0 THEN RAISE division_by_zero; END IF;
+        EXCEPTION WHEN division_by_zero THEN NULL;
+        END;
+    END LOOP;
+END $$;
+SELECT same('TABLE dual_test.s', 'TABLE dual_test.t'), count(*), (SELECT last_value FROM applied) AS applied FROM s;
+SELECT migrate.drop('many');
+DROP TABLE s, t;
+
 DROP SCHEMA evil CASCADE;
 DROP SCHEMA dual_test CASCADE;
 DROP ROLE dual_writer, dual_owner;
