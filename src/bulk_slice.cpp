@@ -9,7 +9,7 @@ namespace {
 // ---- rows that are there already
 
 void open_key_scan(Slice *s) {
-    s->key_index = index_open(linitial_oid(s->arbiters), AccessShareLock);
+    s->key_index = index_open(linitial_oid(find_key_indexes(s->mapping, s->dest, &KeyColumn::dest)), AccessShareLock);
     s->key_scan = begin_index_scan(s->dest, s->key_index, &s->dirty, s->mapping->nkey);
     s->found = table_slot_create(s->dest, &s->estate->es_tupleTable);
 }
@@ -123,7 +123,6 @@ void open_slice(Slice *s, const Mapping *m, Relation origin, Relation dest, Snap
     s->estate = CreateExecutorState();
     s->target = open_result_relation(s->estate, dest, NULL);
     ExecOpenIndices(s->target, false);
-    s->arbiters = find_key_indexes(m, dest, &KeyColumn::dest);
     s->bulk = begin_bulk_insert();
     const char *why_not;
     s->projection = make_projection(m, origin, dest, &why_not);
@@ -173,11 +172,14 @@ int write_slice(Slice *s) {
     int conflicts = 0;
     ResetPerTupleExprContext(s->estate);
     MemoryContext old = MemoryContextSwitchTo(GetPerTupleMemoryContext(s->estate));
+    // Any unique index may tell of a conflict (no arbiters: each is one): a dual write that has put the very row there,
+    // committed or not, is in the way in all of them. An index that raised it would fail the batch, or wait for its
+    // writer. What does conflict with another row is refused, and recorded, when the key is applied by itself.
     table_multi_insert(s->dest, s->rows, s->filled, GetCurrentCommandId(true), 0, s->bulk);
     for (int i = 0; i < s->filled; i++) {
         ResetPerTupleExprContext(s->estate);
         bool conflict = false;
-        (void)insert_index_entries(s->estate, s->target, s->rows[i], false, &conflict, s->arbiters, false);
+        (void)insert_index_entries(s->estate, s->target, s->rows[i], false, &conflict, NIL, false);
         conflicts += conflict;
         s->fates[i] = !conflict                         ? Fate::written
                       : is_there_already(s, s->rows[i]) ? Fate::there_already

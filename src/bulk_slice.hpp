@@ -22,7 +22,6 @@ struct Slice {
     Snapshot snapshot;  // by which the source is read; registered: vacuum leaves the rows where they are
     EState *estate;
     ResultRelInfo *target;
-    List *arbiters;  // unique indexes of dest over just the key
     BulkInsertState bulk;
     Projection *projection;
     Relation key_index;  // of dest; opened, as the scan is, when the first conflict is met

@@ -126,7 +126,8 @@ inline void close_result_relation(EState *estate, ResultRelInfo *relation) {
 #endif
 }
 
-// conflict: not NULL where a conflict on one of `arbiters` is to be told instead of raised.
+// conflict: not NULL where a conflict on one of `arbiters` (NIL: on any index) is to be told instead of raised or
+// waited for.
 inline List *insert_index_entries(EState *estate, ResultRelInfo *relation, TupleTableSlot *row, bool update,
                                   bool *conflict, List *arbiters, bool only_summarizing) {
 #if PG_VERSION_NUM >= 160000

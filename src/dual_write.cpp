@@ -20,13 +20,18 @@ namespace {
 
 // A statement that touches more keys than this is applied in pieces, so that memory stays flat.
 constexpr int kFlushAt = 10000;
+
+// Whether what was touched is applied for good here. In a subtransaction below the one that touched it the keys stay:
+// what is applied there may yet be rolled back.
+bool is_final(const CacheEntry *entry) {
+    return GetCurrentTransactionNestLevel() <= outermost_level(entry->touched);
+}
+
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
-    // In a subtransaction below the one that touched them (a statement nested in an EXCEPTION block of a user's
-    // trigger) the keys stay: what is applied here may yet be rolled back.
     if (touched.left_over) forget_places(&touched.upsert);
-    const bool final = GetCurrentTransactionNestLevel() <= outermost_level(touched);
+    const bool final = is_final(entry);
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     Mapping *m = entry->mapping;
     if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
@@ -39,8 +44,7 @@ void flush(CacheEntry *entry) {
 void flush_removals(CacheEntry *entry) {
     Mapping *m = entry->mapping;
     const KeyList removed = copy_keys(entry->touched.remove, m);
-    if (GetCurrentTransactionNestLevel() <= outermost_level(entry->touched))
-        memset(&entry->touched.remove, 0, sizeof(KeyList));
+    if (is_final(entry)) memset(&entry->touched.remove, 0, sizeof(KeyList));
     apply_list(m, Write::kRemove, removed);
 }
 
@@ -50,10 +54,11 @@ int trigger_depth() {
 }
 
 // A statement within a statement (a user's trigger, a foreign key's cascade) leaves its keys to the one around it: only
-// then the states are those that the application meant, and that dest's own constraints may be held against.
+// then the states are those that the application meant, and that dest's own constraints may be held against. What was
+// left over outside of the subtransaction would have to be applied again after each of its statements.
 void flush_outermost(CacheEntry *entry) {
     if (trigger_depth() > entry->touched.trigger_depth) return;
-    if (is_exhausted(entry->mapping))
+    if (is_exhausted(entry->mapping) || (entry->touched.left_over && !is_final(entry)))
         entry->touched.left_over = true;  // to the commit
     else
         flush(entry);
@@ -206,7 +211,7 @@ void note_event(CacheEntry *entry, TriggerData *data) {
         at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
     }
     DEBUG_POINT("dual write: keys noted");
-    if (entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt) {
+    if (entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt && is_final(entry)) {
         grant_subtransactions();
         flush(entry);
     } else if (at_once) {

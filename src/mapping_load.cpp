@@ -1,4 +1,5 @@
 #include "mapping_load.hpp"
+#include "spi.hpp"
 
 namespace migrate {
 namespace {
@@ -54,11 +55,40 @@ bool is_never_null(const Mapping *m, Relation origin, AttrNumber view_column) {
     return true;
 }
 
-bool column_may_refuse(const Mapping *m, Relation origin, Relation view, Form_pg_attribute column) {
+// A constant, as it stands or under casts of the server's own that the column's type asks for (a length, a scale): to
+// evaluate it calls nobody else's code.
+bool is_constant(Node *value) {
+    if (IsA(value, Const)) return true;
+    if (!IsA(value, FuncExpr)) return false;
+    const FuncExpr *cast = (FuncExpr *)value;
+    bool constant = cast->funcformat == COERCE_IMPLICIT_CAST && cast->funcid < FirstNormalObjectId;
+    ListCell *cell;
+    foreach (cell, cast->args) constant = constant && is_constant((Node *)lfirst(cell));
+    return constant;
+}
+
+bool is_time(const Node *value) {
+    if (IsA(value, SQLValueFunction)) return ((const SQLValueFunction *)value)->op <= SVFOP_LOCALTIMESTAMP_N;
+    return IsA(value, FuncExpr) && ((const FuncExpr *)value)->funcid == F_NOW;
+}
+
+// Whether what an INSERT puts into an unmapped column may raise an error, or be NULL where it must not.
+bool default_may_refuse(Relation dest, Form_pg_attribute column) {
+    if (column->attidentity != '\0') return true;
+    if (!column->atthasdef) return column->attnotnull;
+    Node *value = build_column_default(dest, column->attnum);
+    if (is_time(value)) return false;
+    if (!is_constant(value)) return true;
+    auto evaluate = [&] { value = (Node *)expression_planner((Expr *)value); };
+    if (!IsA(value, Const) && attempt(Undo::kSubtransaction, evaluate)) return true;
+    return !IsA(value, Const) || (((Const *)value)->constisnull && column->attnotnull);
+}
+
+bool column_may_refuse(const Mapping *m, Relation origin, Relation dest, Relation view, Form_pg_attribute column) {
     const int position = position_of(m->columns, m->ncolumns, column->attnum);
     if (column->attisdropped) return position != 0;
     if (column->attgenerated != '\0' || get_typtype(column->atttypid) == TYPTYPE_DOMAIN) return true;
-    if (position == 0) return wants_value(column);
+    if (position == 0) return default_may_refuse(dest, column);
     const Form_pg_attribute value = TupleDescAttr(RelationGetDescr(view), position - 1);
     return column->atttypid != value->atttypid || (column->atttypmod != -1 && column->atttypmod != value->atttypmod) ||
            (column->attnotnull && !is_never_null(m, origin, value->attnum));
@@ -81,7 +111,28 @@ bool is_referenced(Relation dest) {
     return false;
 }
 
-// Of the indexes of dest just one, which upserts arbitrate on, may refuse a row, and none computes anything.
+// A btree refuses an entry that is larger than a third of a page, overhead included.
+constexpr int kSafeEntryBytes = BLCKSZ / 4;
+
+// Whether an entry's columns are surely together no larger than that.
+bool is_entry_small(Relation dest, Relation index) {
+    int size = 0;
+    for (int i = 0; i < index->rd_index->indnatts; i++) {
+        const Form_pg_attribute column = TupleDescAttr(RelationGetDescr(dest), index->rd_index->indkey.values[i] - 1);
+        const int most = column->attlen > 0 ? column->attlen : type_maximum_size(column->atttypid, column->atttypmod);
+        if (most < 0 || most > kSafeEntryBytes) return false;
+        size += MAXALIGN(most);
+    }
+    return size <= kSafeEntryBytes;
+}
+
+// Whether origin's index of the key, which is checked at once, has taken the same columns.
+bool is_entry_of_origin(const Mapping *m, Relation index) {
+    return !m->ambiguous && m->nparams == m->nkey && index->rd_index->indnatts == m->nkey;
+}
+
+// Of the indexes of dest just one, which upserts arbitrate on, may refuse a row, none computes anything, and none meets
+// an entry that is too large for it.
 bool index_may_refuse(const Mapping *m, Relation dest) {
     int keys = 0;
     bool may_refuse = false;
@@ -93,6 +144,8 @@ bool index_may_refuse(const Mapping *m, Relation dest) {
             keys++;
         else if (form->indisunique || form->indisexclusion || !is_over_plain_columns(index))
             may_refuse = true;
+        if (may_refuse || (is_key && is_entry_of_origin(m, index))) return;
+        may_refuse = index->rd_rel->relam != BTREE_AM_OID || !is_entry_small(dest, index);
     });
     return may_refuse || keys != 1;
 }
@@ -107,7 +160,7 @@ bool upsert_may_fail(const Mapping *m, Relation origin, Relation dest, Relation 
         index_may_refuse(m, dest))
         return true;
     for (int i = 0; i < desc->natts; i++)
-        if (column_may_refuse(m, origin, view, TupleDescAttr(desc, i))) return true;
+        if (column_may_refuse(m, origin, dest, view, TupleDescAttr(desc, i))) return true;
     return false;
 }
 
