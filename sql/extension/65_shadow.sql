@@ -57,12 +57,13 @@ CREATE TYPE migrate._shadow_query AS (
     actual text,         -- in dest
     origin_key text[],   -- what a row of origin has for a key
     dest_key text[],     -- the same of dest
-    dest_share text,     -- which rows of dest are the flow's
+    dest_share text,     -- which rows (d) of dest are the flow's
     same_text boolean,   -- a key of dest can be read by in the view
-    extra_counts boolean -- dest may have no row that the view has not
+    extra text           -- as actual, of the rows that dest may not have alone; NULL: it may have any
 );
 
-CREATE FUNCTION migrate._shadow_query(f migrate._flow, in_direction text) RETURNS migrate._shadow_query
+-- by: columns of dest to read by instead of those of its key; $1, $2, … are theirs, and 0 is none.
+CREATE FUNCTION migrate._shadow_query(f migrate._flow, in_direction text, by int2[] DEFAULT NULL) RETURNS migrate._shadow_query
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     mp migrate._mapping;
@@ -77,8 +78,6 @@ BEGIN
     q.dest := mp.dest;
     q.dest_owner := migrate._table_owner(mp.dest);
     q.semantic := migrate._opt(f.migration, 'equality') = 'semantic';
-    -- After cutover the old table may keep rows that the new one has not.
-    q.extra_counts := in_direction = 'forward' OR f.on_target_delete = 'delete';
     SELECT array_agg(d.attname::text ORDER BY c.i), array_agg(format_type(d.atttypid, d.atttypmod) ORDER BY c.i) INTO q.columns, q.types
     FROM unnest(mp.columns) WITH ORDINALITY AS c(attnum, i) JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = c.attnum;
     -- SELECT v.a::text_type, … FROM view v WHERE v.key1 = $1::bigint AND …; of every flow that feeds the same rows.
@@ -88,26 +87,34 @@ BEGIN
                   FROM unnest(mp.columns) WITH ORDINALITY AS c(attnum, i)
                   LEFT JOIN pg_attribute v ON v.attrelid = s.view AND v.attnum = array_position(s.columns, c.attnum)) AS list,
                  (SELECT string_agg(format('v.%I = $%s::%s', v.attname, k.i, format_type(v.atttypid, -1)), ' AND ' ORDER BY k.i)
-                  FROM unnest(mp.key_dest) WITH ORDINALITY AS k(attnum, i)
+                  FROM unnest(coalesce(by, mp.key_dest)) WITH ORDINALITY AS k(attnum, i)
                   JOIN pg_attribute v ON v.attrelid = s.view AND v.attnum = array_position(s.columns, k.attnum)) AS condition
           FROM migrate._mapping s JOIN migrate._flow g ON g.id = s.flow
-          WHERE g.migration = f.migration AND s.dest = mp.dest AND s.direction = in_direction AND (s.flow = f.id OR in_direction = 'forward')) AS part;
-    SELECT format('SELECT %s FROM %s t WHERE %s',
-                  (SELECT string_agg(format('t.%I', c), ', ' ORDER BY i) FROM unnest(q.columns) WITH ORDINALITY AS x(c, i)), mp.dest,
-                  string_agg(format('t.%I = $%s::%s', d.attname, k.i, format_type(d.atttypid, -1)), ' AND ' ORDER BY k.i))
+          WHERE g.migration = f.migration AND s.dest = mp.dest AND s.direction = in_direction AND (s.flow = f.id OR in_direction = 'forward' AND by IS NULL)) AS part;
+    SELECT format('SELECT %s FROM %s d WHERE %s',
+                  (SELECT string_agg(format('d.%I', c), ', ' ORDER BY i) FROM unnest(q.columns) WITH ORDINALITY AS x(c, i)), mp.dest,
+                  string_agg(format('d.%I = $%s::%s', d.attname, k.i, format_type(d.atttypid, -1)), ' AND ' ORDER BY k.i))
     INTO q.actual
-    FROM unnest(mp.key_dest) WITH ORDINALITY AS k(attnum, i) JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = k.attnum;
+    FROM unnest(coalesce(by, mp.key_dest)) WITH ORDINALITY AS k(attnum, i) JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = k.attnum;
     -- Where a sampled row's key is read from, on either side.
-    SELECT array_agg(CASE WHEN mp.key_origin[k.i] > 0 THEN format('t.%I::text', o.attname) ELSE quote_literal(mp.key_const[k.i]) END ORDER BY k.i),
-           array_agg(format('t.%I::text', d.attname) ORDER BY k.i),
-           coalesce(string_agg(format('t.%I = %L::%s', d.attname, mp.key_const[k.i], format_type(d.atttypid, -1)), ' AND ' ORDER BY k.i)
-                    FILTER (WHERE mp.key_const[k.i] IS NOT NULL), 'true'),
+    SELECT array_agg(CASE WHEN mp.key_origin[k.i] > 0 THEN format('d.%I::text', o.attname) ELSE quote_literal(mp.key_const[k.i]) END ORDER BY k.i),
+           array_agg(format('d.%I::text', d.attname) ORDER BY k.i),
+           coalesce(string_agg(format('d.%I = %L::%s', d.attname, mp.key_const[k.i], format_type(d.atttypid, -1)), ' AND ' ORDER BY k.i)
+                    FILTER (WHERE mp.key_const[k.i] IS NOT NULL), 'true')
+               || migrate._reverse_share(f.id, in_direction),
            bool_and(mp.key_origin[k.i] = 0 OR o.atttypid = d.atttypid OR (o.atttypid IN (20, 21, 23) AND d.atttypid IN (20, 21, 23))
                     OR (o.atttypid IN (25, 1043) AND d.atttypid IN (25, 1043)))
     INTO q.origin_key, q.dest_key, q.dest_share, q.same_text
     FROM unnest(mp.key_dest) WITH ORDINALITY AS k(attnum, i)
     JOIN pg_attribute d ON d.attrelid = mp.dest AND d.attnum = k.attnum
     LEFT JOIN pg_attribute o ON o.attrelid = mp.origin AND o.attnum = mp.key_origin[k.i];
+    IF by IS NOT NULL THEN  -- without the key's constants
+        q.actual := format('%s AND %s', q.actual, q.dest_share);
+    END IF;
+    -- After cutover the old table may keep rows that the new one has not, and has those that the filter leaves out.
+    IF in_direction = 'forward' OR f.on_target_delete = 'delete' THEN
+        q.extra := format('%s AND %s', q.actual, q.dest_share);
+    END IF;
     RETURN q;
 END $$;
 
@@ -131,8 +138,8 @@ BEGIN
     -- WITH sampled (a page for each key, at least twenty: a sample of few pages is often empty), newest (the last two pages of one partition)
     -- SELECT key of sampled at random UNION ALL SELECT key of both where the row was written lately
     RETURN QUERY SELECT r FROM migrate._as(migrate._table_owner(relation), format(
-        $q$WITH sampled AS MATERIALIZED (SELECT ARRAY[%1$s] AS key, age(t.xmin) AS age FROM %2$s t TABLESAMPLE SYSTEM (%3$s) WHERE %4$s),
-           newest AS (SELECT ARRAY[%1$s] AS key, age(t.xmin) AS age FROM ONLY %5$s t WHERE %4$s AND t.ctid = ANY (ARRAY(
+        $q$WITH sampled AS MATERIALIZED (SELECT ARRAY[%1$s] AS key, age(d.xmin) AS age FROM %2$s d TABLESAMPLE SYSTEM (%3$s) WHERE %4$s),
+           newest AS (SELECT ARRAY[%1$s] AS key, age(d.xmin) AS age FROM ONLY %5$s d WHERE %4$s AND d.ctid = ANY (ARRAY(
                SELECT format('(%%s,%%s)', p, o)::tid FROM generate_series(%6$s, %7$s) p, generate_series(1, %8$s) o))),
            picked AS (
                (SELECT key || 'random'::text AS key FROM sampled ORDER BY random() LIMIT %9$s) UNION ALL
@@ -142,7 +149,22 @@ BEGIN
         array_to_string(key, ', '), relation, least(100, round(100.0 * greatest(wanted, 20) / pages, 6)), share, leaf,
         greatest(leaf_pages - 2, 0), leaf_pages - 1, block_size / 28, wanted, xids, wanted_recent,
         (SELECT string_agg(format('key[%s]', i), ', ' ORDER BY i) FROM generate_series(1, cardinality(key) + 1) i))) AS r;
+EXCEPTION WHEN data_exception THEN  -- a row that the flow's filter refuses must not stop the worker; the read of its key tells
+    IF share = 'true' THEN
+        RAISE;
+    END IF;
+    RETURN QUERY SELECT migrate._shadow_pick(relation, key, 'true', wanted, wanted_recent, xids);
 END $$;
+
+-- For reverse reads, the query by the mapping forward, by those columns of the target that a key of the source is read by there.
+-- NULL in the other direction, and where the mapping forward does not give these columns.
+CREATE FUNCTION migrate._shadow_again(f migrate._flow, in_direction text) RETURNS migrate._shadow_query
+LANGUAGE sql STABLE AS $$
+    SELECT migrate._shadow_query(f, 'forward', r.key_origin)
+    FROM migrate._mapping r JOIN migrate._mapping p ON p.flow = r.flow AND p.direction = 'forward'
+    WHERE in_direction = 'reverse' AND r.flow = f.id AND r.direction = 'reverse'
+      AND r.key_origin <@ (p.columns || 0::int2) AND EXISTS (SELECT FROM unnest(r.key_origin) k WHERE k > 0)
+$$;
 
 -- What the two reads of one key say, by the migration's equality: NULL where they agree, else the kind and the columns of the difference.
 CREATE FUNCTION migrate._shadow_compare(old_row text[], new_row text[], columns text[], types text[], role regrole, semantic boolean,
@@ -175,7 +197,8 @@ BEGIN
 END $$;
 
 -- Reads one key from both sides, which one first by chance, for the second finds its pages in memory. kind: NULL where they agree.
-CREATE FUNCTION migrate._shadow_read(q migrate._shadow_query, key text[], OUT kind text, OUT differing text[], OUT refusal text,
+-- After cutover, what cannot be mapped back exactly was right before, and still is: rows differ only if they do `again`, forward.
+CREATE FUNCTION migrate._shadow_read(q migrate._shadow_query, again migrate._shadow_query, key text[], OUT kind text, OUT differing text[], OUT refusal text,
                                      OUT source_ms double precision, OUT target_ms double precision)
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -197,11 +220,17 @@ BEGIN
         END IF;
     END LOOP;
     SELECT c.kind, c.differing INTO kind, differing FROM migrate._shadow_compare(expected, actual, q.columns, q.types, q.dest_owner, q.semantic) c;
-    IF kind = 'extra' AND NOT q.extra_counts THEN
-        kind := NULL;
-    END IF;
     source_ms := CASE q.direction WHEN 'forward' THEN expected_ms ELSE actual_ms END;
     target_ms := CASE q.direction WHEN 'forward' THEN actual_ms ELSE expected_ms END;
+    IF kind = 'extra' AND (q.extra IS NULL OR NOT EXISTS (SELECT FROM migrate._as(q.dest_owner, q.extra, VARIADIC key))) THEN
+        kind := NULL;
+    ELSIF kind = 'different' AND again.actual IS NOT NULL THEN
+        SELECT r INTO actual FROM migrate._as(again.dest_owner, again.actual, VARIADIC key) AS r;
+        SELECT r INTO expected FROM migrate._as(again.dest_owner, again.expected, VARIADIC key) AS r;
+        IF actual IS NOT NULL AND (migrate._shadow_compare(expected, actual, again.columns, again.types, again.dest_owner, again.semantic)).kind IS NULL THEN
+            kind := NULL;
+        END IF;
+    END IF;
 EXCEPTION
     WHEN query_canceled THEN
         RAISE;
@@ -240,6 +269,7 @@ LANGUAGE plpgsql AS $$
 DECLARE
     s migrate._shadow := migrate._shadow_run(m, f, in_direction);
     q migrate._shadow_query := migrate._shadow_query(f, in_direction);
+    again migrate._shadow_query := migrate._shadow_again(f, in_direction);
     began timestamptz := clock_timestamp();
     shadow_ms numeric := greatest(migrate._opt_ms(m.id, 'shadow_time'), 1);
     xids bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint - s.last_xid;
@@ -260,7 +290,7 @@ BEGIN
     s.planned := ceil(migrate._opt(m.id, 'shadow_rate')::numeric * migrate._shadow_rows(f, in_direction));
     -- After shadow_time it goes on at the same pace for as long as shadow_rate is set.
     due := least(200, ceil(s.planned * s.active_ms / shadow_ms) - s.picked);
-    IF due > 0 AND q IS NOT NULL THEN
+    IF due > 0 AND q.actual IS NOT NULL THEN
         FOR picked IN
             SELECT p.key[:cardinality(p.key) - 1] AS key, p.key[cardinality(p.key)] = 'recent' AS recent
             FROM (SELECT k FROM migrate._shadow_pick(q.origin, q.origin_key, 'true', (due + 1) / 2, (due + 7) / 8, xids) AS k
@@ -271,7 +301,7 @@ BEGIN
             EXIT WHEN clock_timestamp() > began + interval '200 ms';
             s.picked := s.picked + 1;
             CONTINUE WHEN migrate._shadow_is_known(f, in_direction, picked.key);
-            result := migrate._shadow_read(q, picked.key);
+            result := migrate._shadow_read(q, again, picked.key);
             -- @point shadow: key read
             s.reads := s.reads + 1;
             s.recent_reads := s.recent_reads + picked.recent::integer;
