@@ -331,6 +331,47 @@ SELECT * FROM validate('users');
 UPDATE migrate._migration SET phase = 'planned' WHERE name = 'users';
 SELECT * FROM validate('users');
 
+-- and so it is where the two keys are not the same columns in the same order: turned, another unique column, with a constant, wider
+CREATE TABLE turned_s (a int, b int, v text, PRIMARY KEY (a, b));
+CREATE TABLE turned_t (a int, b int, v text NOT NULL, PRIMARY KEY (b, a));
+CREATE TABLE other_s (id int PRIMARY KEY, email text NOT NULL UNIQUE, v text);
+CREATE TABLE other_t (id int NOT NULL UNIQUE, email text PRIMARY KEY, v text NOT NULL);
+CREATE TABLE fixed_s (id int PRIMARY KEY, v text);
+CREATE TABLE fixed_t (id int, kind text, v text NOT NULL, PRIMARY KEY (kind, id));
+CREATE TABLE wider_s (id int PRIMARY KEY, a int NOT NULL, b int NOT NULL, v text, UNIQUE (a, b));
+CREATE TABLE wider_t (id int NOT NULL UNIQUE, a int, b int, v text NOT NULL, PRIMARY KEY (b, a));
+CREATE TABLE narrow_s (id int NOT NULL UNIQUE, a int, b int, v text, PRIMARY KEY (b, a));
+CREATE TABLE narrow_t (id int PRIMARY KEY, a int NOT NULL, b int NOT NULL, v text NOT NULL, UNIQUE (a, b));
+-- (a column that cannot be written is not fed)
+CREATE TABLE made_s (id int PRIMARY KEY, twice int NOT NULL GENERATED ALWAYS AS (2 * id) STORED UNIQUE, v text);
+CREATE TABLE made_t (id int NOT NULL UNIQUE, twice int PRIMARY KEY, v text NOT NULL);
+INSERT INTO turned_s SELECT i, i % 7, nullif('v' || i, 'v8') FROM generate_series(1, 300) i;
+INSERT INTO other_s SELECT i, 'e' || 1000 - i, nullif('v' || i, 'v8') FROM generate_series(1, 300) i;
+INSERT INTO fixed_s SELECT i, nullif('v' || i, 'v8') FROM generate_series(1, 300) i;
+INSERT INTO wider_s SELECT i, i, i % 7, nullif('v' || i, 'v8') FROM generate_series(1, 300) i;
+INSERT INTO narrow_s SELECT * FROM wider_s;
+INSERT INTO made_s (id, v) SELECT i, nullif('v' || i, 'v8') FROM generate_series(1, 300) i;
+CREATE TABLE moved (name text PRIMARY KEY, columns text, damage text);
+INSERT INTO moved VALUES ('turned', 'a, b', 'a = 77'), ('other', 'id, email', 'id = 77'), ('fixed', 'id, ''user'' AS kind', 'id = 77'), ('wider', 'id, a, b', 'id = 77'),
+    ('narrow', 'id, a, b', 'id = 77'), ('made', 'id, twice', 'id = 77');
+SELECT name, migrate.define(name, name || '_s', name || '_t', columns || ', coalesce(v, '''') AS v', on_target_delete => 'delete') FROM moved;
+SELECT count(plant(format('INSERT INTO %1$s_t (%2$s, v) SELECT %3$s, coalesce(v, '''') FROM %1$s_s', name, replace(columns, '''user'' AS ', ''), replace(columns, ' AS kind', '')))) FROM moved;
+UPDATE migrate._migration m SET phase = 'cut_over' FROM moved WHERE m.name = moved.name;
+CREATE VIEW every_moved AS SELECT name, v.method, v.source_rows, v.mismatches, v.verdict FROM moved, unnest('{sample,ranges,rows}'::text[]) method, validate(name, method, CASE method WHEN 'sample' THEN 1000 ELSE 100 END) v;
+SELECT * FROM every_moved ORDER BY name, method;
+SELECT count(plant(format('UPDATE %s_s SET v = ''stale'' WHERE %s', name, damage))) FROM moved;
+SELECT * FROM every_moved ORDER BY name, method;
+SELECT name, f.* FROM moved, found(name) f ORDER BY name, length(key), key;
+-- repair mends them, and looks at them again
+SELECT name, r FROM moved, migrate.repair(name, execute => true) r ORDER BY name, r COLLATE "C";
+SELECT * FROM every_moved WHERE method = 'ranges' ORDER BY name;
+-- values of the other key that have changed places, each of which is right for another row
+UPDATE other_s SET email = 'x' || id WHERE id IN (5, 6);
+UPDATE other_s SET email = 'e' || 989 + id WHERE id IN (5, 6);
+SELECT * FROM every_moved WHERE name = 'other' ORDER BY method;
+SELECT * FROM found('other');
+UPDATE migrate._migration m SET phase = 'planned' FROM moved WHERE m.name = moved.name;
+
 -- the events tell it
 SELECT kind, why FROM migrate._event WHERE name = 'users' AND kind IN ('repaired', 'validated') ORDER BY id DESC LIMIT 2;
 
@@ -377,7 +418,7 @@ SELECT * FROM migrate.mismatches('own');
 RESET ROLE;
 
 UPDATE migrate._migration SET phase = 'planned' WHERE name IN ('users', 'number');
-SELECT name, migrate.drop(name) FROM unnest('{users,types,keyed,number,cooked,contacts,union,parts,own}'::text[]) name;
+SELECT name, migrate.drop(name) FROM unnest('{users,types,keyed,number,cooked,contacts,union,parts,own,turned,other,fixed,wider,narrow,made}'::text[]) name;
 DROP SCHEMA check_it CASCADE;
 SELECT migrate.allow('check_owner', 'nothing') IS NOT NULL, migrate.allow('check_other', 'nothing') IS NOT NULL;
 DROP ROLE check_owner, check_other;

@@ -184,7 +184,8 @@ BEGIN
     END IF;
 END $$;
 
--- The SQL builder. Columns are called k1, k2 … (the key, in the actual side's type) and c1, c2 … (all mapped columns, too).
+-- The SQL builder. Columns are called k1, k2 … (the key, in the actual side's type) and c1, c2 … (all mapped columns, too); in reverse,
+-- the actual side's row has its key in the forward comparison as f1, f2 … as well.
 -- Bounds are $1 … $width (low) and the next `width` parameters (high); "among" takes arrays in $1 … $width.
 CREATE FUNCTION migrate._comparison(m migrate._migration, way text, flow_ids integer[]) RETURNS migrate._comparison
 LANGUAGE plpgsql STABLE AS $$
@@ -329,6 +330,9 @@ BEGIN
         sames := sames || part;
         differs := differs || format('CASE WHEN NOT %s THEN %L END', part, col.attname);
     END LOOP;
+    list := list || ARRAY(SELECT format('d.%I AS f%s', a.attname, row_number() OVER (ORDER BY i)) FROM migrate._mapping p CROSS JOIN generate_subscripts(p.key_dest, 1) i
+                          JOIN pg_attribute a ON a.attrelid = p.origin AND a.attnum = p.key_origin[i]
+                          WHERE way = 'reverse' AND p.flow = c.flow AND p.direction = 'forward' AND p.key_const[i] IS NULL ORDER BY i);
     c.actual := format('SELECT %s FROM %s d', array_to_string(list, ', '), fed);
     c.digest := migrate._digest_call(digests);
     c.row_sum := migrate._digest_call(digests, 'row_sum');

@@ -5,49 +5,58 @@ CREATE FUNCTION migrate._as_of(role regrole, query text, VARIADIC params text[] 
 LANGUAGE C STABLE AS 'MODULE_PATHNAME', 'migrate_as';
 
 -- The query that finds the rows that differ; `which` says where to look. Its first row is 'rows' with the numbers of rows on both
--- sides and the snapshot, each other one kind, flow, key, differing columns, and the key in the actual side's types.
+-- sides and the snapshot, each other one kind, flow, key, differing columns, and what `told` says of the actual side's row.
 -- keys_only: the mapping fails for a row there; then a row that is on both sides counts as different.
-CREATE FUNCTION migrate._find_sql(c migrate._comparison, which text[], keys_only boolean) RETURNS text
+CREATE FUNCTION migrate._find_sql(c migrate._comparison, which text[], keys_only boolean, told text) RETURNS text
 LANGUAGE sql STABLE AS $$
     SELECT format(
         'WITH s AS MATERIALIZED (SELECT %6$s FROM (%1$s) x), t AS MATERIALIZED (SELECT %7$s FROM (%2$s) x) '
         'SELECT ''rows'', (SELECT count(*) FROM s)::text, (SELECT count(*) FROM t)::text, pg_catalog.pg_current_snapshot()::text, NULL::text '
         'UNION ALL SELECT CASE WHEN t.flow IS NULL THEN ''missing'' WHEN s.flow IS NULL THEN ''extra'' ELSE ''different'' END, '
-        'coalesce(s.flow, t.flow)::text, (%3$s)::text, CASE WHEN s.flow IS NOT NULL AND t.flow IS NOT NULL THEN (%4$s)::text END, (ARRAY[%9$s])::text '
+        'coalesce(s.flow, t.flow)::text, (%3$s)::text, CASE WHEN s.flow IS NOT NULL AND t.flow IS NOT NULL THEN (%4$s)::text END, (%9$s)::text '
         'FROM s FULL JOIN t ON %5$s WHERE s.flow IS NULL OR t.flow IS NULL OR NOT (%8$s)',
         migrate._expected(c, which), migrate._actual(c, which), c.key,
         CASE WHEN keys_only THEN 'NULL' ELSE c.differing END, c."on",
         CASE WHEN keys_only THEN 'flow, ' || c.key_order || (SELECT string_agg(', o' || i, '' ORDER BY i) FROM generate_series(1, c.width) i) ELSE '*' END,
         CASE WHEN keys_only THEN 'flow, ' || c.key_order ELSE '*' END,
         CASE WHEN keys_only THEN 'false' ELSE c.same END,
-        (SELECT string_agg(format('t.k%s::text', i), ', ' ORDER BY i) FROM generate_series(1, c.width) i))
+        coalesce(told, 'NULL'))
+$$;
+
+-- The query that finds those of the keys in its parameters whose rows are the same on both sides.
+CREATE FUNCTION migrate._same_sql(c migrate._comparison) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format('WITH s AS MATERIALIZED (%s), t AS MATERIALIZED (%s) SELECT (%s)::text FROM s JOIN t ON %s WHERE %s',
+        migrate._expected(c, '{among}'), migrate._actual(c, '{among}'), c.key, c."on", c.same)
 $$;
 
 -- Finds the rows that differ, in one snapshot, and records them.
 -- After cutover, what cannot be mapped back exactly (a NULL that the target has a default for) was right before, and still is:
--- a source row differs only if the mapping forward does not make its target row of it either.
+-- a source row differs only if the mapping forward does not make its target row of it either. (A row of which that cannot be told
+-- differs: only what is found to be the same is let off.) The mapping forward is asked by its own key, which may have other columns than
+-- that of the mapping in reverse, or another order.
 CREATE FUNCTION migrate._compare_rows(m migrate._migration, c migrate._comparison, run bigint, which text[], params text[], keys_only boolean,
                                       OUT expected_rows bigint, OUT actual_rows bigint, OUT findings bigint, OUT snapshot text)
 LANGUAGE plpgsql AS $$
 DECLARE
     forward migrate._comparison;
-    forward_sql text;
+    forward_key text;
 BEGIN
     IF c.direction = 'reverse' AND NOT keys_only THEN
         forward := migrate._comparison(m, 'forward', c.flows);
-        forward_sql := migrate._find_sql(forward, '{among}', false);
+        forward_key := (SELECT format('ARRAY[%s]', string_agg(format('t.f%s::text', i), ', ' ORDER BY i)) FROM generate_series(1, forward.width) i);
     END IF;
-    WITH answer AS MATERIALIZED (SELECT r FROM migrate._as_of(c.role, migrate._find_sql(c, which, keys_only), VARIADIC params) r),
+    WITH answer AS MATERIALIZED (SELECT r FROM migrate._as_of(c.role, migrate._find_sql(c, which, keys_only, forward_key), VARIADIC params) r),
     doubtful AS MATERIALIZED (
         SELECT ARRAY(SELECT coalesce((SELECT array_agg((r[5]::text[])[i]) FROM answer WHERE r[1] = 'different'), '{}')::text
-                     FROM generate_series(1, c.width) i ORDER BY i) AS keys
-        WHERE forward_sql IS NOT NULL AND EXISTS (SELECT FROM answer WHERE r[1] = 'different')),
-    wrong AS MATERIALIZED (  -- forward, too
-        SELECT f[3] AS key FROM doubtful, migrate._as_of(forward.role, forward_sql, VARIADIC doubtful.keys) f WHERE f[1] <> 'rows'),
+                     FROM generate_series(1, forward.width) i ORDER BY i) AS keys
+        WHERE forward_key IS NOT NULL AND EXISTS (SELECT FROM answer WHERE r[1] = 'different')),
+    good AS MATERIALIZED (  -- forward
+        SELECT f[1] AS key FROM doubtful, migrate._as_of(forward.role, migrate._same_sql(forward), VARIADIC doubtful.keys) f),
     finding AS MATERIALIZED (
         SELECT r[2]::int AS flow, r[3]::text[] AS key, r[1] AS kind, r[4]::text[] AS columns FROM answer
         WHERE r[1] <> 'rows' AND NOT (c.ignore_extra AND r[1] = 'extra')
-          AND (r[1] <> 'different' OR forward_sql IS NULL OR r[5] IN (SELECT key FROM wrong))),
+          AND (r[1] <> 'different' OR NOT EXISTS (SELECT FROM good WHERE good.key = r[5]))),
     recorded AS (
         INSERT INTO migrate._mismatch (run, flow, key, kind, columns)
         SELECT _compare_rows.run, x.flow, x.key, x.kind, x.columns FROM finding x RETURNING 1),
