@@ -64,6 +64,8 @@ LANGUAGE sql STABLE AS $$
     LEFT JOIN pg_collation co ON co.oid = o.attcollation LEFT JOIN pg_collation cd ON cd.oid = d.attcollation
     WHERE k.key_origin[s.i] > 0 AND (co.oid IS DISTINCT FROM cd.oid OR NOT cd.collisdeterministic)
     UNION ALL
+    SELECT 'key_type', 'error', r.message, r.hint FROM k CROSS JOIN LATERAL migrate._rounded_keys(k.origin, k.dest, k.key_origin, k.key_dest) AS r
+    UNION ALL
     SELECT DISTINCT 'key_cast', 'error', format('key column %s of %s has a type with a cast of its own, %s: keys are kept as text by the type''s output and input only', quote_ident(a.attname), a.attrelid::regclass, c.cast),
            format('DROP %s;', c.cast)
     FROM k JOIN pg_attribute a ON a.attrelid = k.dest AND a.attnum = ANY (k.key_dest) OR a.attrelid = k.origin AND a.attnum = ANY (k.bare)
