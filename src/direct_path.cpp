@@ -88,7 +88,8 @@ List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn
         const Form_pg_index form = index->rd_index;
         bool fits = form->indisunique && form->indimmediate && form->indisvalid && form->indnkeyatts == m->nkey &&
                     index->rd_rel->relam == BTREE_AM_OID && RelationGetIndexPredicate(index) == NIL;
-        for (int i = 0; i < form->indnkeyatts && fits; i++) fits = is_key(m, column, form->indkey.values[i]);
+        for (int i = 0; i < form->indnkeyatts && fits; i++)
+            fits = is_key(m, column, form->indkey.values[i]) && compares_as_column(relation, index, i);
         if (fits) found = lappend_oid(found, RelationGetRelid(index));
     });
     return found;

@@ -98,6 +98,7 @@ BEGIN
             WHEN NOT i.indimmediate THEN 'is deferrable'
             WHEN i.indpred IS NOT NULL THEN 'is partial'
             WHEN i.indexprs IS NOT NULL THEN 'is on an expression'
+            WHEN NOT migrate._compares_as_columns(i.indexrelid) THEN 'has another collation or operator class than its columns'
             WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = dest AND a.attnum = ANY (i.keys) AND NOT a.attnotnull) THEN 'has a nullable column'
             WHEN EXISTS (SELECT FROM unnest(i.keys) k WHERE NOT k = ANY (columns)) THEN 'has a column that is not mapped'
             WHEN EXISTS (SELECT FROM unnest(i.keys) k WHERE bare[array_position(columns, k)] = 0 AND constants[array_position(columns, k)] IS NULL)
@@ -145,7 +146,7 @@ BEGIN
     PERFORM migrate._require_unique(origin, key_origin, fixed, dest);
 END $$;
 
--- Raises unless some unique, not partial index of origin has just the (non-zero) columns of key, all NOT NULL, and columns that
+-- Raises unless some unique, not partial index of origin, that compares as its columns do, has just the (non-zero) columns of key, all NOT NULL, and columns that
 -- are fixed to one value. It may be deferrable.
 CREATE FUNCTION migrate._require_unique(origin regclass, key int2[], fixed int2[], dest regclass) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -153,7 +154,7 @@ DECLARE
     names text := (SELECT string_agg(quote_ident(attname), ', ' ORDER BY array_position(key, attnum)) FROM pg_attribute WHERE attrelid = origin AND attnum = ANY (key));
     nullable text := (SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute WHERE attrelid = origin AND attnum = ANY (array_remove(key, 0::int2)) AND NOT attnotnull);
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+    IF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND migrate._compares_as_columns(i.indexrelid)
                    AND (SELECT bool_and(k = ANY (i.indkey[0:i.indnkeyatts - 1])) FROM unnest(key) k WHERE k > 0)
                    AND (SELECT bool_and(a = ANY (key || fixed)) FROM unnest(i.indkey[0:i.indnkeyatts - 1]) a)) THEN
         PERFORM migrate._raise('42P10', format('"%s" has no unique index on the columns (%s) that the key of "%s" is mapped from', origin, names, dest), '',

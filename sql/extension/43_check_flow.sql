@@ -46,7 +46,7 @@ LANGUAGE sql STABLE AS $$
            format('CREATE UNIQUE INDEX CONCURRENTLY ON %s (%s);', k.origin, migrate._column_list(k.origin, k.bare))
     FROM k CROSS JOIN LATERAL (
         SELECT bool_and(NOT i.indimmediate) FROM pg_index i
-        WHERE i.indrelid = k.origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+        WHERE i.indrelid = k.origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND migrate._compares_as_columns(i.indexrelid)
           AND (i.indkey::int2[])[0:i.indnkeyatts - 1] <@ k.bare
           AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.origin AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) AND NOT a.attnotnull)
         ) AS x(only_deferrable)
