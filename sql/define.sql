@@ -99,6 +99,28 @@ SELECT migrate.define('m', 's_collated', 't_text_key');
 ALTER TABLE users ALTER email DROP NOT NULL;
 SELECT migrate.define('m', 'users', 't_text_key', $$ email AS id, name $$);
 
+-- keys that the target's column would round: they would not be found again
+CREATE FUNCTION pg_temp.keyed(source_type text, target_type text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    said text;
+    help text;
+BEGIN
+    EXECUTE format('CREATE TABLE s_typed (id %s PRIMARY KEY, v text); CREATE TABLE t_typed (id %s PRIMARY KEY, v text)', source_type, target_type);
+    PERFORM migrate.define('m', 's_typed', 't_typed');
+    SELECT coalesce((SELECT f.reverse_gaps[1] FROM migrate._flow f WHERE f.target = 't_typed'::regclass), 'both ways') INTO said;
+    RAISE EXCEPTION USING ERRCODE = 'UNDO1';
+EXCEPTION WHEN SQLSTATE 'UNDO1' THEN RETURN said;
+WHEN OTHERS THEN
+    GET STACKED DIAGNOSTICS help = PG_EXCEPTION_HINT;
+    RETURN format('%s: %s HINT: %s', SQLSTATE, SQLERRM, help);
+END $$;
+SET client_min_messages = warning;
+SELECT a AS source, b AS target, pg_temp.keyed(a, b) FROM (VALUES
+    ('numeric(12,3)', 'numeric(12,2)'), ('numeric', 'numeric(12,2)'), ('timestamptz', 'timestamptz(3)'), ('timestamp(6)', 'timestamp(0)'), ('time(3)', 'time(2)'),
+    ('interval', 'interval day to second'), ('numeric(12,2)', 'numeric(12,3)'), ('numeric(10,2)', 'numeric(12,2)'), ('timestamptz', 'timestamptz(6)'),
+    ('int', 'numeric(12,2)'), ('varchar(20)', 'varchar(40)'), ('text', 'varchar(5)'), ('char(5)', 'char(10)'), ('bit(3)', 'bit(3)')) x(a, b);
+RESET client_min_messages;
+
 -- tables
 CREATE UNLOGGED TABLE t_unlogged (id bigint PRIMARY KEY, name text);
 SELECT migrate.define('m', 'users', 't_unlogged', $$ id, name $$);

@@ -171,6 +171,14 @@ int position_of(const AttrNumber *columns, int n, AttrNumber attnum) {
     return 0;
 }
 
+bool compares_as_column(Relation relation, Relation index, int i) {
+    const AttrNumber attnum = index->rd_index->indkey.values[i];
+    if (attnum <= 0) return false;
+    const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(relation), attnum - 1);
+    return index->rd_opfamily[i] == lookup_type_cache(att->atttypid, TYPECACHE_BTREE_OPFAMILY)->btree_opf &&
+           index->rd_indcollation[i] == att->attcollation;
+}
+
 bool is_dual_write_trigger(const Trigger *t) {
     static const char *const kFunctions[] = {"_dual_write_row", "_dual_write_flush", "_dual_write_truncate"};
     const Oid schema = get_func_namespace(t->tgfoid);

@@ -77,6 +77,10 @@ void for_each_index(Relation relation, Fn fn) {
     list_free(indexes);
 }
 
+// Whether the index's column i is a plain one, and compares as that does in SQL: by its collation, and by its type's
+// own order. An index that does not may hold more, or fewer, values to be equal.
+bool compares_as_column(Relation relation, Relation index, int i);
+
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);
 

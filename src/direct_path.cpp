@@ -46,14 +46,24 @@ const char *why_not_indexes(Relation dest) {
     return why_not;
 }
 
+// Whether what is stored in dest is the source's key, which the row is looked for by: a modifier may round it, or cut
+// off spaces.
+bool keeps_key(Form_pg_attribute origin, Form_pg_attribute dest) {
+    if (dest->atttypmod == -1 || dest->atttypmod == origin->atttypmod) return true;
+    return dest->atttypid == VARCHAROID && origin->atttypmod != -1 && dest->atttypmod > origin->atttypmod;
+}
+
 const char *why_not_key(const Mapping *m, Relation origin, Relation dest) {
     if (find_key_indexes(m, origin, &KeyColumn::origin) == NIL)
         return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(origin));
     if (find_key_indexes(m, dest, &KeyColumn::dest) == NIL)
         return psprintf("\"%s\" has no index over just the key", RelationGetRelationName(dest));
-    for (int i = 0; i < m->nkey; i++)
-        if (!TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1)->attnotnull)
-            return psprintf("a key column of \"%s\" may be NULL", RelationGetRelationName(dest));
+    for (int i = 0; i < m->nkey; i++) {
+        const Form_pg_attribute column = TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1);
+        if (!column->attnotnull) return psprintf("a key column of \"%s\" may be NULL", RelationGetRelationName(dest));
+        if (!keeps_key(TupleDescAttr(RelationGetDescr(origin), m->key[i].origin - 1), column))
+            return "a key column changes its type's modifier";
+    }
     return NULL;
 }
 
@@ -78,7 +88,8 @@ List *find_key_indexes(const Mapping *m, Relation relation, AttrNumber KeyColumn
         const Form_pg_index form = index->rd_index;
         bool fits = form->indisunique && form->indimmediate && form->indisvalid && form->indnkeyatts == m->nkey &&
                     index->rd_rel->relam == BTREE_AM_OID && RelationGetIndexPredicate(index) == NIL;
-        for (int i = 0; i < form->indnkeyatts && fits; i++) fits = is_key(m, column, form->indkey.values[i]);
+        for (int i = 0; i < form->indnkeyatts && fits; i++)
+            fits = is_key(m, column, form->indkey.values[i]) && compares_as_column(relation, index, i);
         if (fits) found = lappend_oid(found, RelationGetRelid(index));
     });
     return found;

@@ -314,24 +314,45 @@ void close_writer(RowWriter *w) {
     FreeExecutorState(w->estate);
 }
 
+namespace {
+
+// Each turn waits for somebody, or sees what he has done. One that finds no row where the indexes know of one has met
+// him in between, and the next does not: where that goes on, they contradict each other.
+void give_up_some_time(const RowWriter *w, int turns) {
+    constexpr int kMany = 10000;
+    if (turns < kMany) return;
+    ereport(ERROR,
+            (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+             errmsg("a row of \"%s\" is in conflict, but not found by its key", RelationGetRelationName(w->dest)),
+             errdetail("It was looked for %d times.", turns),
+             errhint("REINDEX TABLE %s;", quote_qualified_identifier(get_namespace_name(RelationGetNamespace(w->dest)),
+                                                                     RelationGetRelationName(w->dest)))));
+}
+
+}  // namespace
+
 void upsert_row(RowWriter *w, const Datum *key, ItemPointer place) {
-    for (;;) {
+    for (int missed = 0;;) {
         CHECK_FOR_INTERRUPTS();
+        give_up_some_time(w, missed);
         ResetPerTupleExprContext(w->estate);
         if (!find_source(w, key, place) || !project(w->path->projection, w->source_row, w->new_row)) return;
         const Found found = find_target(w, key);
+        missed += found == Found::nothing;
         if (found == Found::nothing ? insert_row(w) : found == Found::row && update_row(w)) return;
     }
 }
 
 void remove_row(RowWriter *w, const Datum *key) {
-    for (;;) {
+    for (int missed = 0;;) {
         CHECK_FOR_INTERRUPTS();
+        give_up_some_time(w, missed);
         ResetPerTupleExprContext(w->estate);
         if (!is_mutant(mutant::event_not_state) && find_source(w, key, NULL) &&
             project(w->path->projection, w->source_row, w->new_row))
             return;
         const Found found = find_target(w, key);
+        missed += found == Found::nothing;
         if (found == Found::nothing ? is_certainly_absent(w, key) : found == Found::row && delete_row(w)) return;
     }
 }

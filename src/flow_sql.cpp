@@ -47,11 +47,21 @@ int for_each_value_column(const Mapping *m, Fn each) {
     return n;
 }
 
+// k COLLATE … opclass: without them, an index that compares otherwise would be an arbiter too.
+void arbiter_column(Sql &sql, const Mapping *m, AttrNumber attnum) {
+    Oid type, collation;
+    int32 typmod;
+    get_atttypetypmodcoll(m->dest, attnum, &type, &typmod, &collation);
+    sql.column(m->dest, attnum);
+    if (OidIsValid(collation)) sql.add(" COLLATE ").collation(collation);
+    sql.add(" ").opclass(GetDefaultOpClass(type, BTREE_AM_OID));
+}
+
 // ON CONFLICT (k) DO UPDATE SET c = excluded.c, … WHERE (d.c, …) *<> (excluded.c, …)
 // The arbiter is the mapped key only: a conflict on any other unique index is an error, never another row's end.
 void on_conflict(Sql &sql, const Mapping *m) {
     sql.add(" ON CONFLICT (");
-    for (int i = 0; i < m->nkey; i++) sql.comma(i == 0).column(m->dest, m->key[i].dest);
+    for (int i = 0; i < m->nkey; i++) arbiter_column(sql.comma(i == 0), m, m->key[i].dest);
     sql.add(") DO ");
     Sql set, ours, theirs;
     const int n = for_each_value_column(m, [&](int i, bool first) {
@@ -229,6 +239,11 @@ bool unique_columns_equal(Sql &sql, const Mapping *m, Oid index) {
         if (!(all = position > 0)) continue;
         view_column(sql.sep(i == 0, " AND ").add("d.").column(m->dest, column).add(kEqual).add("("), m, "v", position);
         sql.add(")::").type(get_atttype(m->dest, column));
+        // (A column of an index has the collation that this compares by.)
+        Oid type, collation;
+        int32 typmod;
+        get_atttypetypmodcoll(index, i + 1, &type, &typmod, &collation);
+        if (OidIsValid(collation)) sql.add(" COLLATE ").collation(collation);
     }
     ReleaseSysCache(tuple);
     return all;

@@ -9,11 +9,8 @@ const KeyColumn &column_of_key(const Mapping *m, int i) {
 
 // Whether the index's column i sorts as the key's column i is compared in SQL.
 bool sorts_as_key(const Mapping *m, Relation origin, Relation index, int i) {
-    const AttrNumber attnum = column_of_key(m, i).origin;
-    if (index->rd_index->indkey.values[i] != attnum || index->rd_indoption[i] != 0) return false;
-    const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(origin), attnum - 1);
-    return index->rd_opfamily[i] == lookup_type_cache(att->atttypid, TYPECACHE_BTREE_OPFAMILY)->btree_opf &&
-           index->rd_indcollation[i] == att->attcollation;
+    return index->rd_index->indkey.values[i] == column_of_key(m, i).origin && index->rd_indoption[i] == 0 &&
+           compares_as_column(origin, index, i);
 }
 
 bool is_in_key_order(const Mapping *m, Relation origin, Relation index) {

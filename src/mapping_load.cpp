@@ -17,7 +17,7 @@ bool is_ambiguous(const Mapping *m, Relation origin) {
         bool is_over_key =
             form->indisunique && form->indimmediate && form->indnkeyatts == m->nparams && is_over_plain_columns(index);
         for (int i = 0; i < form->indnkeyatts && is_over_key; i++)
-            is_over_key = is_key(m, &KeyColumn::origin, form->indkey.values[i]);
+            is_over_key = is_key(m, &KeyColumn::origin, form->indkey.values[i]) && compares_as_column(origin, index, i);
         if (is_over_key) ambiguous = false;
     });
     return ambiguous;
@@ -139,7 +139,8 @@ bool index_may_refuse(const Mapping *m, Relation dest) {
     for_each_index(dest, [&](Relation index) {
         const Form_pg_index form = index->rd_index;
         bool is_key = form->indisunique && form->indnkeyatts == m->nkey && is_over_plain_columns(index);
-        for (int i = 0; i < form->indnkeyatts && is_key; i++) is_key = form->indkey.values[i] == m->key[i].dest;
+        for (int i = 0; i < form->indnkeyatts && is_key; i++)
+            is_key = form->indkey.values[i] == m->key[i].dest && compares_as_column(dest, index, i);
         if (is_key)
             keys++;
         else if (form->indisunique || form->indisexclusion || !is_over_plain_columns(index))

@@ -14,6 +14,9 @@ public:
     Sql &literal(const char *value);
     // "schema"."name" of a relation; raises when it is gone.
     Sql &relation(Oid relid);
+    // Likewise of a collation, and of an operator class.
+    Sql &collation(Oid id);
+    Sql &opclass(Oid id);
     // The column's present name, quoted.
     Sql &column(Oid relid, AttrNumber attnum) { return ident(get_attname(relid, attnum, false)); }
     // The type as a cast takes it, schema-qualified, with its modifier.

@@ -33,10 +33,21 @@ CREATE FUNCTION migrate._no_bulk_copy(flow integer) RETURNS text
 LANGUAGE C STRICT STABLE AS 'MODULE_PATHNAME', 'migrate_no_bulk_copy';
 COMMENT ON FUNCTION migrate._no_bulk_copy IS 'NULL where the backfill copies without a lock on a row; else the first reason why not';
 
+-- Whether each key column of the index is a plain one, and compares as that does in SQL: by its collation, and by its type's own order.
+-- What another index holds to be equal says nothing of keys.
+CREATE FUNCTION migrate._compares_as_columns(index oid) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT bool_and(a.attcollation IS NOT DISTINCT FROM i.indcollation[n]
+                    AND EXISTS (SELECT FROM pg_opclass c JOIN pg_opclass d ON d.opcfamily = c.opcfamily AND d.opcdefault WHERE c.oid = i.indclass[n]))
+    FROM pg_index i CROSS JOIN LATERAL generate_series(0, i.indnkeyatts - 1) n LEFT JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[n]
+    WHERE i.indexrelid = index
+$$;
+
 -- The unique index of dest that upserts arbitrate on; NULL when it is gone.
 CREATE FUNCTION migrate._key_index(dest regclass, key_dest int2[]) RETURNS regclass
 LANGUAGE sql STABLE AS $$
     SELECT i.indexrelid::regclass FROM pg_index i
     WHERE i.indrelid = dest AND i.indisunique AND i.indpred IS NULL AND i.indexprs IS NULL AND i.indkey[0:i.indnkeyatts - 1]::int2[] = key_dest
+      AND migrate._compares_as_columns(i.indexrelid)
     ORDER BY i.indisvalid DESC, i.indimmediate DESC, i.indisprimary DESC, i.indexrelid LIMIT 1
 $$;

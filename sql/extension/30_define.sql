@@ -55,6 +55,30 @@ LANGUAGE sql IMMUTABLE AS $$
     SELECT a = b OR (a IN (20, 21, 23, 1700) AND b IN (20, 21, 23, 1700)) OR (a IN (25, 1043) AND b IN (25, 1043))
 $$;
 
+-- Whether a column of type b takes each value of type a as it is, or refuses it, and rounds none: a rounded key would not be found again.
+-- (-1 is no modifier. numeric: precision and scale; times: the digits of a second, 6 at most.)
+CREATE FUNCTION migrate._keeps_keys(a oid, a_typmod integer, b oid, b_typmod integer) RETURNS boolean
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT b_typmod = -1 OR (a = b AND a_typmod = b_typmod)
+        OR CASE WHEN b = 'numeric'::regtype THEN CASE WHEN a <> b THEN scale.of_b >= 0 ELSE a_typmod <> -1 AND scale.of_b >= scale.of_a END
+                WHEN b IN ('timestamp'::regtype, 'timestamptz'::regtype, 'time'::regtype, 'timetz'::regtype) THEN b_typmod >= CASE a_typmod WHEN -1 THEN 6 ELSE a_typmod END
+                ELSE b <> 'interval'::regtype END
+    FROM (SELECT ((a_typmod - 4) & 2047 # 1024) - 1024, ((b_typmod - 4) & 2047 # 1024) - 1024) AS scale(of_a, of_b)
+$$;
+
+-- The key columns of dest that would round what origin has: what is wrong with each, and the statement that mends it.
+CREATE FUNCTION migrate._rounded_keys(origin regclass, dest regclass, key_origin int2[], key_dest int2[]) RETURNS TABLE (message text, hint text)
+LANGUAGE sql STABLE AS $$
+    SELECT format('key column %I of "%s" is of type %s, %I of "%s" of %s: a key that is rounded would not be found again',
+                  d.attname, dest, format_type(d.atttypid, d.atttypmod), o.attname, origin, format_type(o.atttypid, o.atttypmod)),
+           format('ALTER TABLE %s ALTER %I TYPE %s;', dest, d.attname, format_type(o.atttypid, o.atttypmod))
+    FROM unnest(key_origin, key_dest) AS k(from_column, to_column)
+    JOIN pg_attribute o ON o.attrelid = origin AND o.attnum = k.from_column
+    JOIN pg_attribute d ON d.attrelid = dest AND d.attnum = k.to_column
+    WHERE NOT migrate._keeps_keys(o.atttypid, o.atttypmod, d.atttypid, d.atttypmod)
+    ORDER BY d.attnum
+$$;
+
 -- Chooses the unique index of dest that identifies its rows, and says where each of its columns comes from. Raises with the
 -- reason when there is none. columns/bare/constants are those of _create_mapping_view; fixed are the columns of origin that the
 -- mapping's filter holds to one value.
@@ -74,6 +98,7 @@ BEGIN
             WHEN NOT i.indimmediate THEN 'is deferrable'
             WHEN i.indpred IS NOT NULL THEN 'is partial'
             WHEN i.indexprs IS NOT NULL THEN 'is on an expression'
+            WHEN NOT migrate._compares_as_columns(i.indexrelid) THEN 'has another collation or operator class than its columns'
             WHEN EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = dest AND a.attnum = ANY (i.keys) AND NOT a.attnotnull) THEN 'has a nullable column'
             WHEN EXISTS (SELECT FROM unnest(i.keys) k WHERE NOT k = ANY (columns)) THEN 'has a column that is not mapped'
             WHEN EXISTS (SELECT FROM unnest(i.keys) k WHERE bare[array_position(columns, k)] = 0 AND constants[array_position(columns, k)] IS NULL)
@@ -117,10 +142,11 @@ BEGIN
         key_origin[n] := bare[p];
         key_const[n] := CASE WHEN bare[p] = 0 THEN constants[p] END;
     END LOOP;
+    PERFORM migrate._raise('42P10', r.message, '', r.hint) FROM migrate._rounded_keys(origin, dest, key_origin, key_dest) r LIMIT 1;
     PERFORM migrate._require_unique(origin, key_origin, fixed, dest);
 END $$;
 
--- Raises unless some unique, not partial index of origin has just the (non-zero) columns of key, all NOT NULL, and columns that
+-- Raises unless some unique, not partial index of origin, that compares as its columns do, has just the (non-zero) columns of key, all NOT NULL, and columns that
 -- are fixed to one value. It may be deferrable.
 CREATE FUNCTION migrate._require_unique(origin regclass, key int2[], fixed int2[], dest regclass) RETURNS void
 LANGUAGE plpgsql AS $$
@@ -128,7 +154,7 @@ DECLARE
     names text := (SELECT string_agg(quote_ident(attname), ', ' ORDER BY array_position(key, attnum)) FROM pg_attribute WHERE attrelid = origin AND attnum = ANY (key));
     nullable text := (SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute WHERE attrelid = origin AND attnum = ANY (array_remove(key, 0::int2)) AND NOT attnotnull);
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+    IF NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND migrate._compares_as_columns(i.indexrelid)
                    AND (SELECT bool_and(k = ANY (i.indkey[0:i.indnkeyatts - 1])) FROM unnest(key) k WHERE k > 0)
                    AND (SELECT bool_and(a = ANY (key || fixed)) FROM unnest(i.indkey[0:i.indnkeyatts - 1]) a)) THEN
         PERFORM migrate._raise('42P10', format('"%s" has no unique index on the columns (%s) that the key of "%s" is mapped from', origin, names, dest), '',

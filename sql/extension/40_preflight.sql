@@ -26,6 +26,7 @@ INSERT INTO migrate._check_definition (name, promise) VALUES
     ('key_index', 'each target has a valid, immediate unique index over its mapped key'),
     ('source_key', 'each source has a unique index over the columns of the key'),
     ('key_collation', 'keys sort alike on both sides and equal keys are identical'),
+    ('key_type', 'no key is rounded by the type of its target column'),
     ('key_cast', 'keys are written and read as text by their types alone'),
     ('target_empty', 'targets are empty'),
     ('not_null', 'every NOT NULL column of a target gets a value'),

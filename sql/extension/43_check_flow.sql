@@ -46,7 +46,7 @@ LANGUAGE sql STABLE AS $$
            format('CREATE UNIQUE INDEX CONCURRENTLY ON %s (%s);', k.origin, migrate._column_list(k.origin, k.bare))
     FROM k CROSS JOIN LATERAL (
         SELECT bool_and(NOT i.indimmediate) FROM pg_index i
-        WHERE i.indrelid = k.origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL
+        WHERE i.indrelid = k.origin AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indexprs IS NULL AND migrate._compares_as_columns(i.indexrelid)
           AND (i.indkey::int2[])[0:i.indnkeyatts - 1] <@ k.bare
           AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.origin AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]) AND NOT a.attnotnull)
         ) AS x(only_deferrable)
@@ -63,6 +63,8 @@ LANGUAGE sql STABLE AS $$
     JOIN pg_attribute d ON d.attrelid = k.dest AND d.attnum = k.key_dest[s.i]
     LEFT JOIN pg_collation co ON co.oid = o.attcollation LEFT JOIN pg_collation cd ON cd.oid = d.attcollation
     WHERE k.key_origin[s.i] > 0 AND (co.oid IS DISTINCT FROM cd.oid OR NOT cd.collisdeterministic)
+    UNION ALL
+    SELECT 'key_type', 'error', r.message, r.hint FROM k CROSS JOIN LATERAL migrate._rounded_keys(k.origin, k.dest, k.key_origin, k.key_dest) AS r
     UNION ALL
     SELECT DISTINCT 'key_cast', 'error', format('key column %s of %s has a type with a cast of its own, %s: keys are kept as text by the type''s output and input only', quote_ident(a.attname), a.attrelid::regclass, c.cast),
            format('DROP %s;', c.cast)

@@ -13,7 +13,10 @@ LANGUAGE sql STABLE AS $$
         SELECT i, d.attname AS dest_name, v.attname AS view_name,
                coalesce(p.key_const[i], x.key[(SELECT count(*) FROM generate_series(1, i) j WHERE p.key_const[j] IS NULL)]) AS value, p.key_const[i] IS NULL AS varies,
                -- a literal finds its own type but where that is composite
-               CASE (SELECT t.typtype FROM pg_type t WHERE t.oid = d.atttypid) WHEN 'c' THEN '::' || format_type(d.atttypid, -1) ELSE '' END AS cast_to
+               CASE (SELECT t.typtype FROM pg_type t WHERE t.oid = d.atttypid) WHEN 'c' THEN '::' || format_type(d.atttypid, -1) ELSE '' END AS cast_to,
+               -- where another unique index holds more to be equal, it is not the one that is meant
+               CASE WHEN d.attcollation <> 0 AND EXISTS (SELECT FROM pg_index x WHERE x.indrelid = d.attrelid AND x.indisunique AND NOT migrate._compares_as_columns(x.indexrelid))
+                    THEN ' COLLATE ' || d.attcollation::regcollation ELSE '' END AS collated
         FROM p, generate_subscripts(p.key_dest, 1) i
         JOIN pg_attribute d ON d.attrelid = (SELECT dest FROM p) AND d.attnum = (SELECT key_dest FROM p)[i]
         JOIN pg_attribute v ON v.attrelid = (SELECT view FROM p) AND v.attnum = (SELECT key_view FROM p)[i]),
@@ -30,7 +33,7 @@ LANGUAGE sql STABLE AS $$
             CASE WHEN EXISTS (SELECT FROM c WHERE attidentity = 'a') THEN ' OVERRIDING SYSTEM VALUE' ELSE '' END,
             (SELECT string_agg(quote_ident(view_name), ', ' ORDER BY n) FROM c), p.view,
             (SELECT string_agg(CASE WHEN value IS NULL THEN format('%I IS NULL', view_name) ELSE format('%I = %L%s', view_name, value, cast_to) END, ' AND ' ORDER BY i) FROM k WHERE varies),
-            (SELECT string_agg(quote_ident(dest_name), ', ' ORDER BY i) FROM k),
+            (SELECT string_agg(quote_ident(dest_name) || collated, ', ' ORDER BY i) FROM k),
             coalesce('UPDATE SET ' || (SELECT string_agg(format('%1$I = excluded.%1$I', dest_name), ', ' ORDER BY n) FROM c WHERE NOT in_key AND attidentity <> 'a'), 'NOTHING')) END
     FROM p
 $$;
