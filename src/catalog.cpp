@@ -179,6 +179,23 @@ bool compares_as_column(Relation relation, Relation index, int i) {
            index->rd_indcollation[i] == att->attcollation;
 }
 
+List *attnums_read(Node *expression) {
+    Bitmapset *used = NULL;
+    pull_varattnos(expression, 1, &used);
+    List *attnums = NIL;
+    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x))
+        attnums = lappend_int(attnums, x + FirstLowInvalidHeapAttributeNumber);
+    return attnums;
+}
+
+Datum attnum_array(const List *attnums) {
+    Datum *values = (Datum *)palloc(sizeof(Datum) * (list_length(attnums) + 1));
+    int n = 0;
+    ListCell *cell;
+    foreach (cell, attnums) values[n++] = Int16GetDatum(lfirst_int(cell));
+    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+}
+
 bool is_dual_write_trigger(const Trigger *t) {
     static const char *const kFunctions[] = {"_dual_write_row", "_dual_write_flush", "_dual_write_truncate"};
     const Oid schema = get_func_namespace(t->tgfoid);

@@ -81,6 +81,12 @@ void for_each_index(Relation relation, Fn fn) {
 // own order. An index that does not may hold more, or fewer, values to be equal.
 bool compares_as_column(Relation relation, Relation index, int i);
 
+// Attribute numbers that an expression over one relation, its first, reads, in order, as a list of integers: below 0
+// those of system columns, 0 for the whole row.
+List *attnums_read(Node *expression);
+// The same as int2[].
+Datum attnum_array(const List *attnums);
+
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);
 

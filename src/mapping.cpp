@@ -1,6 +1,7 @@
 // From the text of a mapping to its view, and from that of a predicate to its expression. The text is parsed, never
 // pasted: what is kept is what PostgreSQL makes of the parse tree.
 #include "mapping_report.hpp"
+#include "catalog.hpp"
 #include "spi.hpp"
 #include "text.hpp"
 
@@ -206,18 +207,11 @@ Node *analyze_predicate(Request *request, const char *text) {
 
 // Attribute numbers of origin that the condition reads, as int2[].
 Datum columns_read(Node *condition, const char *text) {
-    Bitmapset *used = NULL;
-    pull_varattnos(condition, 1, &used);
-    Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
-    int n = 0;
-    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x)) {
-        const AttrNumber attnum = x + FirstLowInvalidHeapAttributeNumber;
-        if (attnum > 0) values[n++] = Int16GetDatum(attnum);
-    }
-    if (n == 0 || n < bms_num_members(used))
+    const List *attnums = attnums_read(condition);
+    if (attnums == NIL || linitial_int(attnums) <= 0)
         ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE), errmsg("predicate must read columns by their names"),
                         errdetail("It is: %s", text), errhint("To route all reads: percent => 100.")));
-    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+    return attnum_array(attnums);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 #include "mapping_report.hpp"
+#include "catalog.hpp"
 #include "text.hpp"
 
 namespace migrate {
@@ -151,24 +152,13 @@ Datum int2_array(Datum *values, int n) {
 // Attribute numbers of origin that the query reads: {0} alone where it has a whole-row reference, whatever else it
 // reads.
 Datum columns_read(Query *query) {
-    Bitmapset *used = NULL;
-    pull_varattnos((Node *)query->targetList, 1, &used);
-    pull_varattnos((Node *)query->jointree->quals, 1, &used);
-    Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
-    int n = 0;
-    bool whole_row = false;
-    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x)) {
-        const AttrNumber attnum = x + FirstLowInvalidHeapAttributeNumber;
-        if (attnum < 0)
-            ereport(ERROR,
-                    (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-                     errmsg("mapping reads the system column with number %d", attnum),
-                     errhint("System columns (ctid, xmin, tableoid, …) change without a write that a trigger sees.")));
-        whole_row |= attnum == 0;
-        values[n++] = Int16GetDatum(attnum);
-    }
-    if (whole_row) values[0] = Int16GetDatum(0), n = 1;
-    return int2_array(values, n);
+    List *attnums = attnums_read((Node *)list_make2(query->targetList, query->jointree->quals));
+    if (attnums != NIL && linitial_int(attnums) < 0)
+        ereport(ERROR,
+                (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+                 errmsg("mapping reads the system column with number %d", linitial_int(attnums)),
+                 errhint("System columns (ctid, xmin, tableoid, …) change without a write that a trigger sees.")));
+    return attnum_array(list_member_int(attnums, 0) ? list_make1_int(0) : attnums);
 }
 
 // The origin was looked up again by name when the view was made: it must still be the same.

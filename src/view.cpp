@@ -1,6 +1,6 @@
 // The views that a switch replaces: reading a mapping view back as text, column by column, and finding the name that a
 // caller means by an unqualified one. And what is asked of relations so often that a query for it would be slow.
-#include "spi.hpp"
+#include "catalog.hpp"
 #include "text.hpp"
 
 MIGRATE_FUNCTION(migrate_view_body)
@@ -19,17 +19,6 @@ int origin_index(const Query *query) {
 
 Datum text_array(Datum *values, int n) {
     return PointerGetDatum(construct_array(values, n, TEXTOID, -1, false, TYPALIGN_INT));
-}
-
-// Attribute numbers of the relation that the expressions are computed from, the filter aside; 0: a whole-row reference.
-Datum columns_yielded(const Query *query) {
-    Bitmapset *used = NULL;
-    pull_varattnos((Node *)query->targetList, 1, &used);
-    Datum *values = (Datum *)palloc(sizeof(Datum) * (bms_num_members(used) + 1));
-    int n = 0;
-    for (int x = bms_next_member(used, -1); x >= 0; x = bms_next_member(used, x))
-        values[n++] = Int16GetDatum(x + FirstLowInvalidHeapAttributeNumber);
-    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
 }
 
 }  // namespace
@@ -62,7 +51,7 @@ Datum migrate_view_body(PG_FUNCTION_ARGS) {
     Node *filter = query->jointree->quals;
     Datum values[3] = {text_array(expressions, n),
                        filter ? CStringGetTextDatum(deparse_expression(filter, context, false, false)) : (Datum)0,
-                       columns_yielded(query)};
+                       attnum_array(attnums_read((Node *)query->targetList))};
     bool nulls[3] = {false, filter == NULL, false};
     relation_close(view, AccessShareLock);
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
