@@ -164,26 +164,34 @@ INSERT INTO edge_t SELECT i, 'w' FROM generate_series(1, 25000) i;
 SELECT validate('edge', 'ranges', 10000);
 SELECT count(*), count(DISTINCT key) FROM migrate.mismatches('edge');
 
--- A verdict takes a ledger that covers the key space: none with a range missing, or with a gap
+-- A verdict takes a ledger that covers the key space: none over no range at all, with a range missing, or with a gap
 CREATE FUNCTION cut(damage text) RETURNS text LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.name = 'edge');
     run_id bigint := migrate._validation_begin(m, 'ranges', 10000, false);
     c migrate._comparison;
+    detail text;
 BEGIN
     SELECT * INTO c FROM migrate._comparisons(m);
-    FOR i IN 1 .. 2 LOOP
-        PERFORM migrate._validate_next(m, c, run_id, 'ranges', 10000);
+    LOOP
+        EXIT WHEN migrate._validate_next(m, c, run_id, 'ranges', 10000);
     END LOOP;
-    EXECUTE replace(damage, '$ledger', format('migrate._validation_range r WHERE r.run = %s AND', run_id));
-    PERFORM migrate._validate_next(m, c, run_id, 'ranges', 10000);
+    EXECUTE replace(damage, '$run', run_id::text);
+    PERFORM migrate._validation_end(c, run_id);
     RETURN (SELECT v.verdict FROM migrate._validation v WHERE v.run = run_id);
 EXCEPTION WHEN OTHERS THEN
-    RETURN SQLERRM;
+    GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL;
+    RETURN concat_ws(' ', SQLSTATE, SQLERRM || '.', detail);
 END $$;
 UPDATE edge_t SET v = 'v';
-SELECT cut('SELECT'), cut('DELETE FROM $ledger r.ordinal = 1');
-SELECT cut($$UPDATE migrate._validation_range SET low = '{10001}' WHERE ordinal = 2 AND run = (SELECT max(run) FROM migrate._validation)$$);
+SELECT damage, cut(damage) FROM (VALUES
+    (1, 'SELECT'),
+    (2, 'DELETE FROM migrate._validation_range WHERE run = $run'),
+    (3, 'DELETE FROM migrate._validation_range WHERE run = $run AND ordinal = 1'),
+    (4, 'DELETE FROM migrate._validation_range WHERE run = $run AND ordinal = 2'),
+    (5, 'DELETE FROM migrate._validation_range WHERE run = $run AND ordinal = 3'),
+    (6, $$UPDATE migrate._validation_range SET low = '{10001}' WHERE run = $run AND ordinal = 2$$),
+    (7, 'UPDATE migrate._validation_range SET high = NULL WHERE run = $run AND ordinal = 2')) d(n, damage) ORDER BY n;
 
 SELECT count(migrate.drop(name)) FROM unnest('{many,edge}'::text[]) name;
 DROP SCHEMA keys CASCADE;

@@ -76,6 +76,9 @@ SELECT migrate.set('m', 'on_limit', 'rollback');
 CALL until($$ EXISTS (SELECT FROM told('m') t WHERE t ~ 'rollback refused:') $$);
 CALL until($$ (SELECT throttled_by ~ 'rollback is refused' FROM migrate.progress WHERE migration = 'm') $$);
 SELECT migrate.serves('m');
+-- what cannot be carried back is an event too: one for its two rows
+CALL until($$ EXISTS (SELECT FROM migrate.events WHERE migration = 'm' AND kind = 'refused') $$);
+SELECT by, why FROM migrate.events WHERE migration = 'm' AND kind = 'refused';
 ALTER TABLE users DROP CONSTRAINT refuses;
 CALL until($$ migrate.serves('m') = 'source' $$);
 SELECT name FROM users WHERE id IN (1, 2);

@@ -88,6 +88,7 @@ SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker
 UPDATE users SET name = 'bad' WHERE id = 1;
 SELECT key, sqlstate, object, origin FROM migrate.failures WHERE migration = 'worker_test';
 SELECT reaches($$ EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test' AND attempts > 1) $$);
+SELECT DISTINCT why FROM migrate.events WHERE migration = 'worker_test' AND kind = 'refused';
 UPDATE users SET name = 'good' WHERE id = 1;
 SELECT reaches($$ NOT EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test') $$);
 SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker_test' AND state = 'idle' AND workers IS NULL) $$);
@@ -162,7 +163,7 @@ CALL migrate.wait('worker_test');
 SELECT count(*) FROM pg_trigger WHERE tgrelid = 'users'::regclass AND NOT tgisinternal;
 SELECT migrate.resume('worker_test');
 SELECT migrate.throttle('worker_test', ratio => 0.5);
-SELECT kind, from_phase, to_phase FROM migrate.events WHERE migration = 'worker_test' AND kind NOT IN ('option', 'throttled', 'unthrottled', 'validated', 'throttle') ORDER BY id;
+SELECT kind, from_phase, to_phase FROM migrate.events WHERE migration = 'worker_test' AND kind NOT IN ('option', 'throttled', 'unthrottled', 'validated', 'throttle', 'refused') ORDER BY id;
 
 SELECT migrate.drop('worker_test');
 SET client_min_messages = warning;

@@ -220,10 +220,26 @@ BEGIN
                 object = CASE blame WHEN 'row' THEN nullif(refused_by, '') ELSE d.object END,
                 retry_at = clock_timestamp() + migrate._backoff_ms(x.attempts, 1000, 300000) * interval '1 ms'
             WHERE d.id = ANY (x.ids);
+            IF blame = 'row' THEN
+                PERFORM migrate._tell_refusal(m, j, state, refused_by);
+            END IF;
             -- @point retry: refusal noted
         END;
     END LOOP;
     RETURN 0;
+END $$;
+
+-- An event for each reason why writes are not carried, once in a stay in this phase: thousands of rows may have one reason.
+CREATE FUNCTION migrate._tell_refusal(m migrate._migration, j migrate._job, state text, object text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    told text := (SELECT format('writes of %s cannot be carried to %s: SQLSTATE %s%s; their keys are in migrate.failures',
+                                p.origin, p.dest, state, coalesce(', ' || nullif(object, ''), ''))
+                  FROM migrate._mapping p WHERE p.flow = j.flow AND p.direction = j.direction);
+BEGIN
+    IF NOT EXISTS (SELECT FROM migrate._event e WHERE e.migration = m.id AND e.kind = 'refused' AND e.why = told AND e.at >= m.phase_since) THEN
+        PERFORM migrate._event(m, NULL, 'refused', told);
+    END IF;
 END $$;
 
 -- The ledger must be whole before the phase may change: every flow has ranges, all are done, nothing is queued.

@@ -133,7 +133,7 @@ report() {
                     if (!(key in cpu)) continue
                     if (meaning[what] == "speed" && (b in cpu)) ratios = ratios " " seconds[b] / seconds[key]
                     if (meaning[what] == "added" && (b in cpu) && (z in cpu) && cpu[b] > cpu[z]) ratios = ratios " " (cpu[key] - cpu[z]) / (cpu[b] - cpu[z])
-                    cpus = cpus " " cpu[key]; wals = wals " " wal[key]; if (memory[key] != "") memory_of = memory[key]
+                    cpus = cpus " " cpu[key]; wals = wals " " wal[key]; if (memory[key] + 0 > memory_of + 0) memory_of = memory[key]
                 }
                 printf "| %s | %s | %s | %.2f | %.0f | %s | %d |\n", title[what], part[2], ratios == "" ? "" : sprintf("%.2f", median(ratios)),
                     median(cpus), median(wals), memory_of, rows[order[o]]
@@ -142,5 +142,5 @@ report() {
     echo
     echo 'Ratio: rows a second as a multiple of the first way of the same lines, measured in the same run; for dual writes the CPU'
     echo 'added to the statement, as a multiple of what the PL/pgSQL row trigger adds. MB: private memory of the worker (with the shared'
-    echo 'buffers that it has touched).'
+    echo 'buffers that it has touched), the most of any run. fsync and autovacuum are off.'
 }

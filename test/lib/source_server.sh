@@ -2,8 +2,8 @@
 
 SOURCE_PACKAGE=postgresql-15 SOURCE_SUITE=bookworm
 # Under a checker tests run ten times slower (sanitizers) to a hundred times (valgrind); these reach every layer of src/.
-SANITIZED_TESTS=(define dual_write digest validate worker)
-VALGRIND_TESTS=(define dual_write worker)
+SANITIZED_TESTS=(define dual_write rivals direct bulk_copy place state state_types digest validate cutover swap worker)
+VALGRIND_TESTS=(define dual_write direct bulk_copy worker)
 
 # Where this system's own packages come from.
 debian_mirror() { echo "${MIGRATE_MIRROR:-$(apt-get indextargets --format '$(SITE)' | grep '/debian/*$' | head -1)}"; }

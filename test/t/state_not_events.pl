@@ -2,6 +2,7 @@
 # in the dual writes (triggers, partitions), a real subscription that writes the source, plans gone stale, rows of many MB.
 use strict;
 use warnings;
+use Digest::MD5 qw(md5_hex);
 use FindBin;
 use lib $FindBin::RealBin;
 
@@ -276,6 +277,19 @@ SQL
 	note("peaks in MB: worker $peak{worker}, application $peak{backend}, of which $own without dual writes");
 	cmp_ok($peak{worker}, '<', 30 + 5 * $mb, 'the worker needs a few rows at most');
 	cmp_ok($peak{backend}, '<', 30 + $own + 5 * $mb, 'and so does the application');
+};
+
+# Past 1 GB, where string_agg cannot go, and with no more memory; the digest is that of the same text by another program.
+subtest 'an MD5 of more than 1 GB' => sub {
+	my $rows = 1100;
+	my $expected = Digest::MD5->new;
+	$expected->add($_ > 1 ? ',' : '', md5_hex($_) x 32768) for 1 .. $rows;
+	my $texts = "(SELECT repeat(md5(g::text), 32768) AS v FROM generate_series(1, $rows) g) x";
+	my $session = background($node);
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+	is($session->query_safe("SELECT migrate.md5_agg(v, ',') FROM $texts"), $expected->hexdigest, 'is right');
+	cmp_ok(peak_mb($pid), '<', 64, 'in constant memory');
+	$session->quit;
 };
 
 done_testing();
