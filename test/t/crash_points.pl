@@ -198,7 +198,7 @@ sub count_steps
 	my ($failed, $error, $out) = run_sql($node, "$swap SELECT migrate.cutover('s'); SELECT 'steps: ' || count(*) || ' ' || count(inverse) FROM migrate._swapped;"
 		. " SELECT migrate.rollback('s'); $undo_swap{integer};\n");
 	my ($there, $back) = $out =~ /^steps: (\d+) (\d+)$/m;
-	ok(!$failed && ($there // 0) > 5 && ($back // 0) > 5, 'the steps of a swap are counted') or diag("$out\n$error");
+	ok(!$failed && ($there // 0) > 5 && ($back // 0) > 5, "the steps of a swap are counted: " . ($there // '?') . ' there, ' . ($back // '?') . ' back') or diag("$out\n$error");
 	return ($there // 1, $back // 1);
 }
 

@@ -130,6 +130,8 @@ sub stop_at_once
 	my $out = '';
 	my $dba = IPC::Run::start([ 'psql', '-XAtq', '-U', 'boss', '-f', $node->basedir . '/verbs.sql', @connection ], '<', \undef, '>&', \$out);
 	poll("round $round: the clients write", sub { (value($node, 'SELECT max(display_name::int) FROM profile WHERE user_id = 1000000') // 0) > $from[0] });
+	# Every other time among the switches, else wherever it comes.
+	poll("round $round: the switches begin", sub { (value($node, "SELECT phase FROM migrate._migration WHERE name = 'm'") // '') =~ /^(ready|cut_over)$/ }) if rand() < 0.5;
 	usleep(rand() * 2_000_000);
 	crash();
 	$dba->finish;
