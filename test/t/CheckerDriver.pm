@@ -11,7 +11,7 @@ use DBD::Pg qw(PG_ASYNC);
 use MigrateTest ();
 use Time::HiRes qw(sleep time);
 
-# $common as of the sessions, and node, children (numbers of those that rest), until.
+# $common as of the sessions, and node, children (numbers of those that rest), until, stay (how long to stay cut over, or 0).
 sub new
 {
 	my ($class, $common) = @_;
@@ -146,18 +146,17 @@ sub reach
 sub switch_to
 {
 	my ($self, $call, $wanted) = @_;
-	my ($until, $busy) = (time() + 180, time() + 60);
+	my ($until, $busy, $calls) = (time() + 180, time() + 60, 0);
 	until ($self->failed)
 	{
 		if (scalar($self->phase) =~ /^($wanted)$/)
 		{
 			$self->move_on unless $busy;
-			$self->flag('switched', 1);
-			$self->{count}{switches}++;
-			$self->{count}{swaps}++ if $self->{schema}{swap};
+			$self->count_switch if $calls && $call =~ /^(cutover|rollback)/;
 			return 1;
 		}
 		$self->verb($call);
+		$calls++;
 		$self->verb("resume('$self->{migration}')") if defined(($self->phase)[1]);
 		if ($busy && time() > $busy && !-e "$self->{dir}/pause")
 		{
@@ -168,6 +167,15 @@ sub switch_to
 		$self->fault("$call: phase $wanted is not reached: " . ($self->{db}->errstr // '')) if time() > $until;
 	}
 	return 0;
+}
+
+sub count_switch
+{
+	my ($self) = @_;
+	$self->flag('switched', 1);
+	$self->{count}{switches}++;
+	$self->{count}{swaps}++ if $self->{schema}{swap};
+	return;
 }
 
 # Reads go to the target, in steps there and back.
@@ -211,6 +219,7 @@ sub migrate
 	}
 	$self->flag('switching', 1);
 	return unless $self->switch_to("cutover('$m')", 'cut_over');
+	return $self->stay_and_go_back($skip) if $self->{stay};
 	for (1 .. 1 + int rand 5)
 	{
 		last if time() > $self->{until} || $self->failed;
@@ -226,6 +235,26 @@ sub migrate
 	return $self->end_migration($skip);
 }
 
+# The target serves for long, and then the source again: nothing that was written meanwhile may be missing there.
+sub stay_and_go_back
+{
+	my ($self, $skip) = @_;
+	my $until = time() + delete $self->{stay};
+	$self->flag('target_writable', 1) unless $self->{schema}{deferrable} || $self->{schema}{swap};
+	while (time() < $until && !$self->failed)
+	{
+		sleep rand 2;
+		$self->disturb if rand() < 0.3;
+	}
+	$self->switch_to("rollback('$self->{migration}'$skip)", 'ready') or return;
+	sleep rand 5;
+	$self->{until} = time() + 120;    # (Only so that what follows is not cut short.)
+	$self->end_migration($skip);
+	$self->{until} = 0;
+	$self->{count}{'long stays'}++ if $self->{count}{migrations};
+	return;
+}
+
 sub end_migration
 {
 	my ($self, $skip) = @_;
@@ -237,6 +266,9 @@ sub end_migration
 	$self->switch_to("rollback('$m'$skip)", 'ready') or return;
 	$self->switch_to("cancel('$m')", 'cancelled') or return;
 	until ($self->failed || !$self->one("SELECT count(*) FROM migrate._migration WHERE name = '$m'")) { $self->verb("drop('$m')") }
+	return if $self->failed;
+	$self->expect_nothing({ 'what drop has left behind' => "SELECT tgname FROM pg_trigger WHERE tgname LIKE '!migrate%' UNION ALL SELECT relname FROM pg_class WHERE relnamespace = 'migrate'::regnamespace AND relname LIKE 'flow%'" },
+		'after the end');
 	$self->{count}{migrations}++;
 	return;
 }

@@ -23,7 +23,8 @@ sub run
 	$self->{file}->autoflush(1);
 	until (-e "$self->{dir}/stop" || -e "$self->{dir}/fault")
 	{
-		$self->rest if -e "$self->{dir}/pause";
+		# (Nor is there one turn more when the run has ended meanwhile: the migration may have, too.)
+		if (-e "$self->{dir}/pause") { $self->rest; next }
 		eval { $self->turn; 1 } or $self->fault("session $number died: $@");
 	}
 	my %sum = (%{ $self->{count} }, map { ("error $_" => $self->{errors}{$_}) } keys %{ $self->{errors} });

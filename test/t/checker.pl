@@ -3,7 +3,8 @@
 #
 # Each round has tables of its own, by its seed, which is said first:
 #   MIGRATE_SEED=<seed> replays its decisions (of each session; how they interleave is the machine's business), in one round.
-#   MIGRATE_LONG=1 goes on for an hour; MIGRATE_SECONDS=<n> and MIGRATE_ROUNDS=<n> say otherwise.
+#   MIGRATE_LONG=1 goes on for an hour, of which one round stays cut over for ten minutes; MIGRATE_SECONDS=<n>, MIGRATE_ROUNDS=<n>
+#   and MIGRATE_STAY=<n> (seconds; of one round more) say otherwise.
 use strict;
 use warnings;
 use FindBin;
@@ -20,10 +21,13 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 my $sessions = 8;
-my $rounds = $ENV{MIGRATE_ROUNDS} || ($ENV{MIGRATE_SEED} ? 1 : $ENV{MIGRATE_LONG} ? 60 : 4);
-my $seconds = $ENV{MIGRATE_SECONDS} || ($ENV{MIGRATE_LONG} ? 60 : 32);
-my $first_seed = $ENV{MIGRATE_SEED} || time() % 1_000_000_000;
-diag("MIGRATE_SEED=" . int $first_seed);
+my $whole = $ENV{MIGRATE_LONG} && !grep { defined } @ENV{qw(MIGRATE_ROUNDS MIGRATE_SECONDS MIGRATE_SEED)};
+my $rounds = $ENV{MIGRATE_ROUNDS} // ($ENV{MIGRATE_SEED} ? !$ENV{MIGRATE_STAY} : $ENV{MIGRATE_LONG} ? 50 : 4);
+my $seconds = $ENV{MIGRATE_SECONDS} || ($ENV{MIGRATE_LONG} ? 60 : 45);
+my $stay = $ENV{MIGRATE_STAY} // ($whole ? 600 : 0);
+my $first_seed = int($ENV{MIGRATE_SEED} || time() % 1_000_000_000);
+my %total;
+diag("MIGRATE_SEED=$first_seed");
 
 sub start_child
 {
@@ -60,6 +64,7 @@ sub check_acknowledged
 	my ($node, $dir, $sum) = @_;
 	my %state = acknowledged($dir, $sum);
 	my %there = map { $_ => 1 } split /\n/, $node->safe_psql('postgres', 'SELECT tag FROM app_tx');
+	$sum->{acknowledged} = grep { $_ eq 'committed' } values %state;
 	my @lost = grep { $state{$_} eq 'committed' && !$there{$_} } sort keys %state;
 	my @back = grep { $state{$_} eq 'aborted' && $there{$_} } sort keys %state;
 	is("@lost[0 .. ($#lost > 9 ? 9 : $#lost)]", '', 'every acknowledged transaction is there');
@@ -69,9 +74,10 @@ sub check_acknowledged
 
 sub slurp { my ($path) = @_; open my $file, '<', $path or return ''; local $/; return <$file> // ''; }
 
+# $stay: how long this round is to stay cut over, in seconds.
 sub round
 {
-	my ($seed) = @_;
+	my ($seed, $stay) = @_;
 	my $schema = CheckerSchema->new($seed, $sessions);
 	note("seed $seed: " . $schema->describe);
 	my $node = new_server("checker_$seed", preload => $schema->{preload}, conf => <<'CONF');
@@ -88,7 +94,7 @@ CONF
 	my @children;
 	for my $number (0 .. $sessions - 1) { push @children, start_child(sub { CheckerSession->run($common, $number) }) }
 	push @children, start_child(sub { CheckerReader->run($common, $sessions, 0) }), start_child(sub { CheckerReader->run($common, $sessions + 1, 1) });
-	my $driver = CheckerDriver->new({ %$common, node => $node, children => [ 0 .. $sessions + 1 ], until => time() + $seconds });
+	my $driver = CheckerDriver->new({ %$common, node => $node, children => [ 0 .. $sessions + 1 ], until => time() + $seconds, stay => $stay });
 	eval { $driver->run; 1 } or $driver->fault("driver died: $@");
 	open my $stop, '>', "$dir/stop";
 	close $stop;
@@ -103,14 +109,27 @@ CONF
 	note(sprintf 'seed %d: %d transactions, %d statements, %d rolled back, %d in two phases, %d copied by place, %d switches (by swap: %d), %d crashes, %d snapshots compared',
 		$seed, map { $sum{$_} // 0 } 'committed', 'statements', 'rolled back', 'prepared', 'copied by place', 'switches', 'swaps', 'crashes', 'snapshots compared');
 	note(join ', ', map { "$_: $sum{$_}" } sort keys %sum);
+	is($sum{'long stays'} // 0, 1, "seed $seed: the target has served for $stay s, and the migration has come to its end") if $stay;
+	$total{$_} += $sum{$_} for keys %sum;
+	$total{rounds}++;
 	$node->stop;
 	return !-s "$dir/fault";
 }
 
-for my $number (0 .. $rounds - 1)
+my @rounds = map { [ $first_seed + $_, 0 ] } 0 .. $rounds - 1;
+if ($stay)
 {
-	my $ok;
-	subtest "seed " . (int($first_seed) + $number) => sub { $ok = round(int($first_seed) + $number) };
+	# One in which both sides can be written, by all kinds of statements.
+	my ($seed) = grep { my $schema = CheckerSchema->new($_, $sessions); !$schema->{deferrable} && !$schema->{swap} } $ENV{MIGRATE_SEED} ? () : $first_seed + $rounds .. $first_seed + $rounds + 3;
+	push @rounds, [ $seed // $first_seed, $stay ];
+}
+for my $round (@rounds)
+{
+	my ($ok, $name) = (0, "seed $round->[0]" . ($round->[1] ? ", cut over for $round->[1] s" : ''));
+	subtest $name => sub { $ok = round(@$round) };
 	last unless $ok;
 }
+note(sprintf 'in all: %d rounds from MIGRATE_SEED=%d, %d statements, %d transactions acknowledged, %d migrations, %d switches there and back (by swap: %d), %d crashes, %d snapshots and %d sides at rest compared',
+	$total{rounds} // 0, $first_seed, map { $total{$_} // 0 } 'statements', 'acknowledged', 'migrations', 'switches', 'swaps', 'crashes', 'snapshots compared', 'strict comparisons');
+cmp_ok($total{switches} // 0, '>=', 100, 'a hundred switches there and back') if $whole;
 done_testing();
