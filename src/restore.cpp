@@ -12,7 +12,8 @@ namespace {
 
 struct Statement {
     Oid role, relation;
-    char *sql;  // NULL: nothing is to be done
+    Oid referenced;  // by the foreign key that is to be validated
+    char *sql;       // NULL: nothing is to be done
     char *tablespace;
 };
 
@@ -29,11 +30,11 @@ Oid oid_of(int column) {
 void ask(const char *job, Statement *statement, MemoryContext context) {
     const Oid types[] = {TEXTOID};
     const Datum values[] = {CStringGetTextDatum(job)};
-    if (run_sql("SELECT s.role, s.relation, s.statement, s.tablespace"
+    if (run_sql("SELECT s.role, s.relation, s.referenced, s.statement, s.tablespace"
                 " FROM migrate._restore_statement($1::migrate._job) AS s",
                 1, types, values) == 0)
         return;
-    *statement = {oid_of(1), oid_of(2), text_of(3, context), text_of(4, context)};
+    *statement = {oid_of(1), oid_of(2), oid_of(3), text_of(4, context), text_of(5, context)};
 }
 
 void note_done(const char *job) {
@@ -53,10 +54,22 @@ void run_top_level(Node *tree, const char *sql) {
     if (ActiveSnapshotSet()) PopActiveSnapshot();  // of the last of its transactions
 }
 
-// The lock does not keep the application's writes waiting, nor does waiting for it; it is held until the statement has
-// its own, so that what was parsed is what is built.
-IndexStmt *parse_index(const Statement &s, IndexStmt *raw) {
+// The tables' locks, while there is no snapshot yet that vacuum would have to wait for. None of the application's
+// writes waits for them; but who locks a table himself would queue behind whoever waits for one, or meet a deadlock. So
+// they are not waited for long, and less than it takes others to look for a deadlock. (We look at once, for an
+// autovacuum of the table gives way only to who has found it in his way.)
+void take_locks(const Statement &s) {
+    char look[16];
+    snprintf(look, sizeof look, "%d", Max(1, polite_lock_timeout(100) / 2));
+    const char *settings[][2] = {{"deadlock_timeout", look}, {"log_lock_waits", "off"}};
+    for (auto &setting : settings)
+        (void)set_config_option(setting[0], setting[1], PGC_SUSET, PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
     LockRelationOid(s.relation, ShareUpdateExclusiveLock);
+    if (OidIsValid(s.referenced)) LockRelationOid(s.referenced, RowShareLock);
+}
+
+// Under a lock that is held until the statement has its own, so that what was parsed is what is built.
+IndexStmt *parse_index(const Statement &s, IndexStmt *raw) {
     if (RangeVarGetRelid(raw->relation, NoLock, true) != s.relation)
         ereport(ERROR, (errcode(ERRCODE_LOCK_NOT_AVAILABLE),
                         errmsg("table with OID %u was renamed at this moment", s.relation)));
@@ -70,29 +83,29 @@ IndexStmt *parse_index(const Statement &s, IndexStmt *raw) {
 
 void run_statement(const Statement &s, MemoryContext context) {
     MemoryContextSwitchTo(context);
+    take_locks(s);
     Node *tree = linitial_node(RawStmt, parse_sql(s.sql))->stmt;
-    if (IsA(tree, IndexStmt)) {
-        tree = (Node *)parse_index(s, (IndexStmt *)tree);
-        DEBUG_POINT("restore: index parsed");
-        run_top_level(tree, s.sql);
-    } else if (IsA(tree, DropStmt)) {
-        run_top_level(tree, s.sql);
-    } else {
+    if (IsA(tree, AlterTableStmt)) {
         PushActiveSnapshot(GetTransactionSnapshot());
         with_user(s.role, SECURITY_RESTRICTED_OPERATION, [&] { with_spi([&] { run_sql(s.sql); }); });
         PopActiveSnapshot();
+    } else {
+        if (IsA(tree, IndexStmt)) {
+            tree = (Node *)parse_index(s, (IndexStmt *)tree);
+            DEBUG_POINT("restore: index parsed");
+        }
+        // From here on it waits as long as it takes: for old transactions, as CREATE INDEX CONCURRENTLY must.
+        SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_SESSION);
+        run_top_level(tree, s.sql);
     }
     DEBUG_POINT("restore: statement run");
 }
 
-// Nothing is held while it waits that the application's writes could want, so it waits as long as it takes: for old
-// transactions, as CREATE INDEX CONCURRENTLY must, and for an autovacuum of the table, which gives way to who waits.
 ErrorData *run_as_owner(const Statement &s) {
     MemoryContext context = CurrentMemoryContext;
     Oid user;
     int sec_context;
     GetUserIdAndSecContext(&user, &sec_context);
-    SetConfigOption("lock_timeout", "0", PGC_SUSET, PGC_S_SESSION);
     SetConfigOption("default_tablespace", "", PGC_SUSET, PGC_S_SESSION);
     SetUserIdAndSecContext(s.role, sec_context);
     auto step = [&s, context] { run_statement(s, context); };

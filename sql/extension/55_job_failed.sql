@@ -31,7 +31,7 @@ BEGIN
         RETURN;
     END IF;
     IF blame <> 'lock' OR tries > 5 THEN
-        PERFORM migrate._note_error(m.id, worker, format('%s: %s', sqlstate, message));
+        PERFORM migrate._note_error(m.id, worker, format('%s: %s%s', sqlstate, message, CASE blame WHEN 'lock' THEN migrate._restore_blockers(m, j) END));
     END IF;
     IF sqlstate = '42501' THEN  -- a table may have got another owner; another worker may have lent him the views meanwhile
         PERFORM FROM migrate._migration x WHERE x.id = m.id FOR UPDATE;

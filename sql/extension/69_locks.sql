@@ -44,7 +44,9 @@ LANGUAGE sql VOLATILE AS $$
         FROM wanted w JOIN pg_locks l ON l.locktype = 'relation' AND l.relation = w.relation
              AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())
         WHERE l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
-          AND (w.mode = 'ACCESS EXCLUSIVE' OR l.mode NOT IN ('AccessShareLock', 'RowShareLock'))
+          AND l.mode NOT IN (SELECT unnest(CASE w.mode WHEN 'ACCESS EXCLUSIVE' THEN '{}'::text[]
+                                           WHEN 'ROW SHARE' THEN '{AccessShareLock,RowShareLock,RowExclusiveLock,ShareUpdateExclusiveLock,ShareLock,ShareRowExclusiveLock}'
+                                           WHEN 'SHARE UPDATE EXCLUSIVE' THEN '{AccessShareLock,RowShareLock,RowExclusiveLock}' ELSE '{AccessShareLock,RowShareLock}' END))
         GROUP BY 1, 2
     )
     SELECT h.pid, CASE WHEN h.pid > 0 THEN migrate._describe_backend(caller, h.pid) ELSE coalesce(format('prepared transaction %L', p.gid), 'a prepared transaction') END

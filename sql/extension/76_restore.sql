@@ -33,8 +33,10 @@ LANGUAGE plpgsql AS $$
 DECLARE
     d migrate._deferred;
 BEGIN
-    UPDATE migrate._deferred x SET state = CASE x.kind WHEN 'index' THEN 'building' ELSE 'validating' END
-    WHERE x.flow = j.flow AND x.ordinal = j.ordinal RETURNING * INTO d;
+    SELECT * INTO d FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal;
+    d.state := CASE d.kind WHEN 'index' THEN 'building' ELSE 'validating' END;
+    -- (Another attempt leaves no dead row: who is in the way may keep them from being vacuumed.)
+    UPDATE migrate._deferred x SET state = d.state WHERE x.flow = d.flow AND x.ordinal = d.ordinal AND x.state <> d.state;
     PERFORM migrate._note(j.migration, 0, migrate._restore_note(j.migration, d));
     -- @point restore: begun
 END $$;
@@ -73,7 +75,7 @@ LANGUAGE sql VOLATILE AS $$
 $$;
 
 -- What src/restore.cpp is to run for this job, as whom, on which table, and in which tablespace an index goes; no row: nothing.
-CREATE FUNCTION migrate._restore_statement(j migrate._job) RETURNS TABLE (role oid, relation oid, statement text, tablespace text)
+CREATE FUNCTION migrate._restore_statement(j migrate._job) RETURNS TABLE (role oid, relation oid, referenced oid, statement text, tablespace text)
 LANGUAGE plpgsql AS $$
 DECLARE
     d migrate._deferred := (SELECT x FROM migrate._deferred x WHERE x.flow = j.flow AND x.ordinal = j.ordinal);
@@ -84,6 +86,7 @@ BEGIN
         RETURN;
     ELSIF d.kind = 'foreign_key' THEN
         statement := format('ALTER TABLE %s VALIDATE CONSTRAINT %I', migrate._relation_name(relation), d.name);
+        referenced := (SELECT k.confrelid FROM pg_constraint k WHERE k.conrelid = relation AND k.conname = d.name);
     ELSE
         SELECT * INTO present FROM migrate._present_index(d);
         IF present.is_valid THEN
@@ -94,6 +97,14 @@ BEGIN
     END IF;
     RETURN NEXT;
 END $$;
+
+-- Who keeps its locks from it, for people.
+CREATE FUNCTION migrate._restore_blockers(m migrate._migration, j migrate._job) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+    SELECT '; in the way: ' || string_agg(b.description, '; ') FROM migrate._deferred d JOIN migrate._flow f ON f.id = d.flow
+    CROSS JOIN LATERAL migrate._blockers(m.owner, ARRAY[coalesce(d.relation, f.target), d.referenced], '{SHARE UPDATE EXCLUSIVE,ROW SHARE}', transaction_timestamp()) b
+    WHERE d.flow = j.flow AND d.ordinal = j.ordinal AND j.action IN ('index', 'validate_key')
+$$;
 
 -- After the statement: notes what is back, with what CREATE INDEX does not tell. An index that was only dropped has another turn.
 CREATE FUNCTION migrate._restored(j migrate._job) RETURNS void

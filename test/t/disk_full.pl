@@ -146,6 +146,74 @@ subtest 'full while cutover runs' => sub {
 	$node->safe_psql('postgres', 'DROP DATABASE data WITH (FORCE)');
 };
 
+# While nothing finds room, the verb fails by the disk and leaves all as it was; when there is room, it works.
+sub finds_no_room
+{
+	my ($db, $call, $unchanged) = @_;
+	full_event_page($db);
+	my $before = $node->safe_psql($db, $unchanged);
+	fill($node->data_dir . '/base');
+	like(error_of($node, "SELECT migrate.$call", db => $db), qr/53100: could not extend file/, "$call fails by the disk");
+	free();
+	is($node->safe_psql($db, $unchanged), $before, "$call: nothing has changed");
+	return;
+}
+
+subtest 'full while an index is built, ranges are compared, and at the end' => sub {
+	$node->safe_psql('postgres', 'CREATE DATABASE stages');
+	# (The build of the index is to need a temporary file: what else there is of the backfill is not.)
+	$node->safe_psql('stages', "CREATE EXTENSION migrate_ext; ALTER DATABASE stages SET maintenance_work_mem = '1MB'");
+	make_users($node, $rows, db => 'stages', references => 1);
+	$node->safe_psql('stages', 'CREATE INDEX wide ON user_profiles (display_name, bio, created_at)');
+	define_users($node, db => 'stages');
+	$node->safe_psql('stages', "SELECT migrate.add_view('$m', view => 'profile')");
+	fill($node->data_dir . '/base/pgsql_tmp');
+	$node->safe_psql('stages', "SELECT migrate.start('$m')");
+	wait_for($node, 'the worker waits', $waits, 't', 'stages');
+	like($node->safe_psql('stages', 'SELECT phase, last_error FROM migrate.progress'), qr/^backfilling\|53100: could not write to file "base\/pgsql_tmp\/.*No space left on device/, 'the index finds no room');
+	my ($acknowledged, $errors) = write_one_by_one('stages', 'without index', "'bio'", 1 .. 20);
+	is(@$acknowledged . ' ' . @$errors, '20 0', 'the application writes');
+	# Room for the index; none for what is noted of a range that was compared.
+	fill($node->data_dir . '/' . $node->safe_psql('stages', "SELECT pg_relation_filepath('migrate._validation_range')"));
+	poll('the worker waits in validation', sub { (value($node, "SELECT phase FROM migrate.progress WHERE ($waits)", 'stages') // '') eq 'validating' });
+	is($node->safe_psql('stages', 'SELECT count(*) FROM migrate._validation_range'), 0, 'no range is noted');
+	is($node->safe_psql('stages', "SELECT indisvalid AND (SELECT bool_and(convalidated) FROM pg_constraint WHERE conrelid = 'user_profiles'::regclass) FROM pg_index WHERE indexrelid = 'wide'::regclass"), 't', 'index and foreign key are back');
+	($acknowledged, $errors) = write_one_by_one('stages', 'unvalidated', "'bio'", 1 .. 20);
+	is(@$acknowledged . ' ' . @$errors, '20 0', 'the application writes');
+	free();
+	wait_phase($node, 'ready', undef, 'stages');
+	is($node->safe_psql('stages', 'SELECT verdict, source_rows, target_rows FROM migrate._validation'), "equal|$rows|$rows", 'all rows were compared');
+	is_kept('stages', 'unvalidated', $acknowledged, 'stages');
+
+	is(error_of($node, "SELECT migrate.cutover('$m')", db => 'stages'), '', 'cutover');
+	finds_no_room('stages', "finalize('$m', force => '$m')", "SELECT phase, (SELECT count(*) FROM pg_trigger WHERE tgname LIKE '!migrate%') FROM migrate._migration");
+	is(error_of($node, "UPDATE profile SET display_name = 'after that' WHERE user_id < 20", db => 'stages'), '', 'the application writes');
+	is(differing($node, 'stages'), 0, 'no row differs');
+	is(error_of($node, "SELECT migrate.finalize('$m', force => '$m'), migrate.drop('$m')", db => 'stages'), '', 'finalize when there is room');
+};
+
+subtest 'full while tables are swapped' => sub {
+	$node->safe_psql('stages', <<'SQL');
+CREATE TABLE account (id int PRIMARY KEY, v text);
+CREATE TABLE account_big (id bigint PRIMARY KEY, v text);
+INSERT INTO account SELECT i, 'v' FROM generate_series(1, 1000) i;
+SELECT migrate.define('m', 'account', 'account_big', on_target_delete => 'delete'), migrate.set('m', 'cutover', 'swap'), migrate.start('m');
+SQL
+	wait_phase($node, 'ready', 'm', 'stages');
+	my $tables = "SELECT phase, string_agg(concat_ws(' ', c.oid, relname), ', ' ORDER BY relname) FROM migrate._migration, pg_class c WHERE relname LIKE 'account%' GROUP BY phase";
+	my $equal = "SELECT count(*) FROM %s a FULL JOIN %s b USING (id) WHERE a.v IS DISTINCT FROM b.v";
+	for my $step ([ 'cutover', "'m'", 'account_big' ], [ 'rollback', "'m'", 'account_old' ], [ 'cutover', "'m'", 'account_big' ], [ 'finalize', "'m', drop_source => true, force => 'm'", 'account_old' ])
+	{
+		my ($verb, $arguments, $other) = @$step;
+		finds_no_room('stages', "$verb($arguments)", $tables);
+		is(error_of($node, "UPDATE account SET v = '$verb' WHERE id % 7 = 1", db => 'stages'), '', 'the application writes');
+		is($node->safe_psql('stages', sprintf($equal, 'account', $other)), 0, 'no row differs');
+		is(error_of($node, "SELECT migrate.$verb($arguments)", db => 'stages'), '', "$verb when there is room");
+	}
+	is($node->safe_psql('stages', "SELECT count(*) FILTER (WHERE v = 'finalize'), count(*), pg_typeof(min(id)) FROM account"), '143|1000|bigint', 'nothing is lost');
+	$node->safe_psql('postgres', 'DROP DATABASE stages WITH (FORCE)');
+};
+
 # The server is up, started by hand where its postmaster has ended.
 sub comes_back
 {

@@ -117,7 +117,8 @@ SQL
 	ok($seen, "$what holds no lock between its attempts") if $seen;
 	like($node->safe_psql('postgres', "SELECT count(*), max(phase) FROM migrate.progress WHERE migration = '$migration'"), qr/^1\|/,
 		"$what: progress can be read meanwhile");
-	value($node, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'dba'");
+	# (PostgreSQL takes a cancel that comes at the same moment as a lock_timeout for that alone.)
+	poll("$what is cancelled", sub { (value($node, "SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity WHERE application_name = 'dba'") // '') eq '0' });
 	eval { $run->finish };
 	like($error, qr/ERROR:  57014/, "$what ends when it is cancelled");
 	is(state(), $before, "$what, cancelled: nothing has changed");
@@ -265,6 +266,135 @@ SQL
 	waits_politely('finalize that drops the source', 'bills', $finalize);
 	succeeds('finalize that drops the source', 'bills', $finalize);
 	is($node->safe_psql('postgres', "SELECT to_regclass('bills_old') IS NULL"), 't', 'and it is gone');
+};
+
+# Background work beside LOCK TABLE: the worker gives up soon and tries again, and nobody waits behind it, but for who is in its way.
+# Gates hold it at each of its steps until the lock is there: while one is closed, its step fails as for a lock.
+$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE closed (gate text PRIMARY KEY);
+CREATE FUNCTION held_up(v text, id int) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN
+    IF id % 1000 = 0 AND EXISTS (SELECT FROM public.closed WHERE gate = 'mapping') THEN RAISE SQLSTATE '55P03' USING MESSAGE = 'mapping is closed'; END IF;
+    RETURN v;
+END $$;
+CREATE FUNCTION hold_up() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF EXISTS (SELECT FROM public.closed WHERE gate = TG_TAG) AND (TG_TAG = 'CREATE INDEX' OR EXISTS (SELECT FROM pg_constraint WHERE conname = 'of_note' AND NOT convalidated)) THEN
+        RAISE SQLSTATE '55P03' USING MESSAGE = TG_TAG || ' is closed';
+    END IF;
+END $$;
+CREATE EVENT TRIGGER hold_up ON ddl_command_start EXECUTE FUNCTION hold_up();
+
+-- Two attempts of the worker's: how many there were, whether one took longer than a second, and whether the writer was waiting for it.
+CREATE FUNCTION two_attempts(worker int, writer int, OUT attempts int, OUT long boolean, OUT behind boolean) LANGUAGE plpgsql AS $$
+DECLARE
+    began timestamptz := clock_timestamp();
+    since timestamptz;
+BEGIN
+    attempts := 0;
+    long := false;
+    behind := false;
+    WHILE attempts < 2 AND clock_timestamp() < began + interval '30 s' LOOP
+        IF EXISTS (SELECT FROM pg_locks WHERE pid = worker AND NOT granted) THEN
+            since := coalesce(since, clock_timestamp());
+        ELSIF since IS NOT NULL THEN
+            attempts := attempts + 1;
+            long := long OR clock_timestamp() > since + interval '1 s';
+            since := NULL;
+        END IF;
+        behind := behind OR worker = ANY (pg_blocking_pids(writer));
+        PERFORM pg_sleep(0.01);
+    END LOOP;
+END $$;
+SQL
+
+sub gate
+{
+	my ($gate, $is_closed) = @_;
+	$node->safe_psql('postgres', $is_closed ? "INSERT INTO closed VALUES ('$gate')" : "DELETE FROM closed WHERE gate = '$gate'");
+	return;
+}
+
+sub stands_before
+{
+	my ($gate) = @_;
+	wait_for($node, "the worker stands before $gate", "SELECT count(*) > 0 FROM pg_stat_activity WHERE backend_type = 'migrate_ext worker' AND query LIKE 'waits % after: $gate is closed'");
+	return;
+}
+
+# The worker's step behind that gate, beside the lock; afterwards the gate is closed, and the lock gone. A writer of the source waits for its
+# holder, as it would without us. $beside: instead of the writer, what is to be had meanwhile.
+sub gives_up
+{
+	my ($step, $gate, $table, $mode, $beside) = @_;
+	my $what = "$step beside $mode on $table";
+	stands_before($gate);
+	my ($holder) = hold("LOCK TABLE $table IN $mode MODE") =~ /(\d+)/;
+	my ($writer, $pid, $out, $error) = (undef, 0, '', '');
+	if (!$beside)
+	{
+		$writer = IPC::Run::start([ 'psql', '-X', '-q', '-d', $node->connstr('postgres') . ' application_name=writer', '-c', "UPDATE note SET v = '$what' WHERE id = 7" ],
+			'>', \$out, '2>', \$error);
+		$pid = poll('the writer waits', sub { value($node, "SELECT pid FROM pg_stat_activity WHERE application_name = 'writer' AND wait_event_type = 'Lock'") });
+	}
+	gate($gate, 0);
+	my ($worker) = worker_pids($node);
+	is($node->safe_psql('postgres', "SELECT * FROM two_attempts($worker, $pid)"), '2|f|f', "$what: it gives up and tries again, and the writer is never behind it");
+	is(error_of($node, "SET statement_timeout = '10 s'; SELECT state FROM migrate.progress"), '', "$what: progress can be read");
+	if ($beside)
+	{
+		is(error_of($node, "SET lock_timeout = '5 s'; $beside"), '', "$what: $beside");
+		wait_for($node, "$what: the holder is named", "SELECT last_error LIKE '55P03: % in the way: PID $holder %' FROM migrate.progress WHERE migration = 'notes'");
+	}
+	else
+	{
+		is($node->safe_psql('postgres', "SELECT pg_blocking_pids($pid)"), "{$holder}", "$what: but behind who holds the lock");
+	}
+	gate($gate, 1);
+	release();
+	$writer->finish if $writer;
+	is($error, '', "$what: the writer has no error");
+	return;
+}
+
+subtest 'a worker beside LOCK TABLE' => sub {
+	$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE note (id int PRIMARY KEY, v text);
+CREATE TABLE memo (id int PRIMARY KEY CONSTRAINT of_note REFERENCES note, v text);
+CREATE INDEX memo_v ON memo (v);
+INSERT INTO note SELECT i, 'note ' || i FROM generate_series(1, 3000) i;
+SELECT migrate.define('notes', 'note', 'memo', 'id, held_up(v, id) AS v', reverse => 'id, v', on_target_delete => 'delete');
+INSERT INTO closed VALUES ('mapping'), ('CREATE INDEX'), ('ALTER TABLE');
+SELECT migrate.start('notes');
+SQL
+	my $share = 'BEGIN; LOCK TABLE memo IN SHARE MODE; COMMIT';    # as its holder has it, who is not in the way
+	gives_up('backfill', 'mapping', 'note', 'ACCESS EXCLUSIVE');
+	gives_up('backfill', 'mapping', 'memo', 'SHARE');
+	gate('mapping', 0);
+	gives_up('building an index', 'CREATE INDEX', 'memo', 'ACCESS EXCLUSIVE');
+	gives_up('building an index', 'CREATE INDEX', 'memo', 'SHARE', $share);
+	gate('CREATE INDEX', 0);
+	gives_up('validating a key', 'ALTER TABLE', 'memo', 'SHARE', $share);
+	gives_up('validating a key', 'ALTER TABLE', 'note', 'ACCESS EXCLUSIVE');
+	stands_before('ALTER TABLE');
+	# It needs both tables. Whoever locks them in the other order has no deadlock.
+	my $crossing = background($node);
+	$crossing->query_safe($_) for 'BEGIN', 'LOCK TABLE note IN EXCLUSIVE MODE';
+	gate('mapping', 1);
+	gate('ALTER TABLE', 0);
+	my ($worker) = worker_pids($node);
+	wait_for($node, 'the worker waits for it', "SELECT count(*) > 0 FROM pg_locks WHERE pid = $worker AND NOT granted");
+	ok(eval { $crossing->query_safe('LOCK TABLE memo IN EXCLUSIVE MODE'); 1 }, 'who locks one table after the other has no deadlock') or diag($@);
+	eval { $crossing->query_safe('ROLLBACK') };
+	eval { $crossing->quit };
+	gives_up('validation', 'mapping', 'note', 'ACCESS EXCLUSIVE');
+	gives_up('validation', 'mapping', 'memo', 'ACCESS EXCLUSIVE');
+	gate('mapping', 0);
+	wait_phase($node, 'ready', 'notes');
+	is($node->safe_psql('postgres', 'SELECT count(*) FROM note FULL JOIN memo USING (id) WHERE note.v IS DISTINCT FROM memo.v'), 0, 'no row differs');
+	is($node->safe_psql('postgres', "SELECT indisvalid FROM pg_index WHERE indexrelid = 'memo_v'::regclass"), 't', 'the index is there');
+	is($node->safe_psql('postgres', "SELECT convalidated FROM pg_constraint WHERE conname = 'of_note'"), 't', 'and the foreign key');
+	$node->safe_psql('postgres', 'DROP EVENT TRIGGER hold_up');
 };
 
 $node->stop;

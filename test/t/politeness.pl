@@ -5,6 +5,7 @@ use warnings;
 use FindBin;
 use lib $FindBin::RealBin;
 
+use IPC::Run ();
 use MigrateTest;
 use Test::More;
 
@@ -35,7 +36,7 @@ like($error, qr/55P03|55006/, 'cutover gives up beside an idle transaction');
 like($error, qr/\b$idle_pid\b/, 'and names its PID');
 unlike($error, qr/PID +waits|in turn/, 'and nobody who waits for us, for there is nobody');
 is(phase($node), 'ready', 'nothing has changed');
-$error = error_of($node, "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '1 s'); SELECT migrate.cutover('users_to_profiles', dry_run => true)");
+$error = error_of($node, "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '3 s'); SELECT migrate.cutover('users_to_profiles', dry_run => true)");
 like($error, qr/55P03.*\b$idle_pid\b/s, 'a rehearsal keeps the same bounds, and names it too');
 $node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '8 s')");
 is($node->safe_psql('postgres', "SELECT migrate.serves('users_to_profiles')"), 'source', 'the source serves');
@@ -83,5 +84,82 @@ is($old->query_safe('SELECT count(*) FROM plain_view'), 1000, 'every row is seen
 
 $idle->quit;
 $old->quit;
+
+# The longest transaction of eight clients that read and write by that name while $switch runs (0: as long as one takes), in ms.
+sub longest_beside
+{
+	my ($name, $relation, $key, $column, $switch) = @_;
+	my $clients = start_app($node, $name, <<"SQL", clients => 8, rate => 300);
+\\set id random(1, $rows)
+SELECT $column FROM $relation WHERE $key = :id;
+UPDATE $relation SET $column = 'name ' || :id WHERE $key = :id;
+SQL
+	poll("$name works", sub { app_transactions($clients) > 200 });
+	if ($switch)
+	{
+		# Somebody who has read it, and stays for five seconds.
+		my $holder = IPC::Run::start([ 'psql', '-X', '-q', '-d', $node->connstr('postgres') . " application_name=holder", '-c', "BEGIN; SELECT count(*) FROM $relation; SELECT pg_sleep(5); COMMIT" ],
+			'>', \my $out, '2>', \my $problem);
+		wait_for($node, 'somebody holds it', "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'holder' AND wait_event = 'PgSleep'");
+		is(error_of($node, "SELECT migrate.$switch"), '', "$switch beside a transaction that lasts");
+		$holder->finish;
+		is($problem, '', 'which comes to its end');
+	}
+	my $more = app_transactions($clients) + 300;
+	poll("$name works on", sub { app_transactions($clients) >= $more });
+	my (undef, $errors, $worst) = stop_app($clients);
+	is($errors, 0, "$name: no transaction failed");
+	return $worst;
+}
+
+# A queue behind the switch would last for seconds. (Where the machine stands still for a moment, there is another look.)
+sub is_not_noticed
+{
+	my ($m, $relation, $key, $column) = @_;
+	my $without = longest_beside("without_$m", $relation, $key, $column);
+	my $with;
+	for my $round (1 .. 3)
+	{
+		$with = longest_beside("with_${m}_$round", $relation, $key, $column, ($round % 2 ? 'cutover' : 'rollback') . "('$m')");
+		last if $with < $without + 500;
+	}
+	cmp_ok($with, '<', $without + 500, "$m: the switch is not noticed: $with ms at most, $without ms without it");
+	return;
+}
+
+subtest 'readers and writers beside a transaction that is in the way' => sub {
+	$node->safe_psql('postgres', "SELECT migrate.set('users_to_profiles', 'cutover_timeout', '60 s')");
+	is_not_noticed('users_to_profiles', 'profile', 'user_id', 'display_name');
+	$node->safe_psql('postgres', <<"SQL");
+CREATE TABLE account (id int PRIMARY KEY, name text);
+CREATE TABLE account_big (id bigint PRIMARY KEY, name text);
+INSERT INTO account SELECT i, 'name' FROM generate_series(1, $rows) i;
+SELECT migrate.define('swapped', 'account', 'account_big', on_target_delete => 'delete'), migrate.set('swapped', 'cutover', 'swap'), migrate.start('swapped');
+SQL
+	wait_phase($node, 'ready', 'swapped');
+	is_not_noticed('swapped', 'account', 'id', 'name');
+};
+
+# The old columns and the old table go while the application reads and writes the new one.
+subtest 'finalize under load' => sub {
+	$node->safe_psql('postgres', "SELECT migrate.cutover('users_to_profiles')") if phase($node) eq 'ready';
+	$app = start_app($node, 'finalized', <<"SQL", clients => 8, rate => 300);
+\\set id random(1, $rows)
+SELECT display_name FROM profile WHERE user_id = :id;
+UPDATE profile SET display_name = 'name ' || :id, bio = 'bio' WHERE user_id = :id;
+SQL
+	my $finalize = "migrate.finalize('users_to_profiles', force => 'users_to_profiles'";
+	for my $what ("drop_columns => '{bio,created_at}'", 'drop_source => true')
+	{
+		my $goal = app_transactions($app) + 300;
+		poll('the application works', sub { app_transactions($app) >= $goal });
+		is(error_of($node, "SELECT $finalize, $what)"), '', "finalize, $what");
+	}
+	my $goal = app_transactions($app) + 300;
+	poll('the application works', sub { app_transactions($app) >= $goal });
+	is((stop_app($app))[1], 0, 'no transaction failed');
+	is($node->safe_psql('postgres', "SELECT to_regclass('users') IS NULL AND (SELECT count(*) FROM profile) = $rows"), 't', 'the old table is gone, no row is');
+};
+
 $node->stop;
 done_testing();

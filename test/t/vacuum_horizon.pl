@@ -11,7 +11,7 @@ use Test::More;
 
 my $rows = $ENV{MIGRATE_LONG} ? 400_000 : 60_000;    # ranges of validation have 10,000
 my $node = new_server('vacuum_horizon', conf => "autovacuum = off\nmax_parallel_workers = 0\n");
-make_users($node, $rows);
+make_users($node, $rows, references => 1);
 # The mapping takes its time, so that each phase lasts for many batches or ranges.
 $node->safe_psql('postgres', <<'SQL');
 CREATE FUNCTION slow(v text, id bigint) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$
@@ -23,6 +23,7 @@ SELECT migrate.define('users_to_profiles', source => 'users', target => 'user_pr
     mapping => $$ id AS user_id, slow(name, id) AS display_name, coalesce(bio, '') AS bio, created_at $$,
     reverse => $$ user_id AS id, display_name AS name, bio, created_at $$, on_target_delete => 'delete');
 SELECT migrate.set('users_to_profiles', 'batch_size', '100'), migrate.set('users_to_profiles', 'batch_time', '10 ms'), migrate.set('users_to_profiles', 'max_rows_per_second', '400'), migrate.set('users_to_profiles', 'shadow_rate', '0.05'), migrate.set('users_to_profiles', 'shadow_time', '20 s');
+CREATE INDEX profile_name ON user_profiles (display_name);
 CREATE TABLE hot (id int PRIMARY KEY, n int NOT NULL);
 INSERT INTO hot SELECT i, 0 FROM generate_series(1, 20) i;
 SQL
@@ -118,10 +119,26 @@ my ($looks, $written) = requeue();
 moves_on('the wait for locked rows', in_phase('backfilling'), 3);
 poll('it looks again', sub { (requeue())[0] > $looks + 20 });
 is((requeue())[1], $written, 'rows that stay locked are not written again');
+# The index and the foreign key come back. Each scan of CREATE INDEX CONCURRENTLY (there are two) and of VALIDATE CONSTRAINT needs a snapshot
+# for as long as it takes, as if somebody had typed it. But none is held while it waits: for a report that is older, …
+my $report = background($node);
+my $reports_pid = $report->query_safe('SELECT pg_backend_pid()');
+$report->query_safe($_) for 'BEGIN ISOLATION LEVEL REPEATABLE READ', 'SELECT count(*) FROM pg_class';
+$holder->query_safe('COMMIT');
+wait_for($node, 'the index waits for the report', "SELECT count(*) = 1 FROM pg_stat_progress_create_index WHERE current_locker_pid = $reports_pid");
+passed('an index that waits for a report');
+is($node->safe_psql('postgres', "SELECT count(*) FROM pg_stat_progress_create_index WHERE current_locker_pid = $reports_pid"), 1, 'it waits still');
+# … nor for a lock.
+$holder->query_safe($_) for 'BEGIN', 'LOCK TABLE users IN EXCLUSIVE MODE';
+$report->query_safe('COMMIT');
+$report->quit;
+wait_for($node, 'the foreign key waits for a lock', "SELECT throttled_by LIKE 'adding foreign key % in the way: PID %' FROM migrate.progress");
+passed('a foreign key that waits for a lock') for 1 .. 2;
 $holder->query_safe('COMMIT');
 $holder->quit;
 
 wait_for($node, 'validating', in_phase('validating'));
+is($node->safe_psql('postgres', "SELECT indisvalid AND (SELECT bool_and(convalidated) FROM pg_constraint WHERE conrelid = 'user_profiles'::regclass) FROM pg_index WHERE indexrelid = 'profile_name'::regclass"), 't', 'index and foreign key are back');
 moves_on('validation', in_phase('validating'), 2);
 wait_for($node, 'shadowing', in_phase('shadowing'));
 moves_on('shadow reads', in_phase('shadowing'), 2);
@@ -135,6 +152,14 @@ $dba->query_safe($_) for 'BEGIN', "SELECT verdict FROM migrate.validate('users_t
 is(error_of($node, "SET lock_timeout = '10 s'; SELECT migrate.pause('users_to_profiles')"), '', 'pause beside a validation under way');
 $dba->query_safe('COMMIT');
 $dba->quit;
+# After the cutover, while it is watched.
+$node->safe_psql('postgres', "SELECT migrate.resume('users_to_profiles'), migrate.set('users_to_profiles', 'watch_time', '1 hour'), migrate.cutover('users_to_profiles')");
+my $looked = "SELECT count(*) = 1 FROM migrate._watch WHERE looked_at";
+wait_for($node, 'the first look', "$looked IS NOT NULL");
+moves_on('the watch', in_phase('cut_over'), 3);
+my $last = $node->safe_psql('postgres', 'SELECT looked_at FROM migrate._watch');
+stays_small();
+wait_for($node, 'it has looked meanwhile', "$looked > '$last'");
 
 my (undef, $failed) = stop_app($app);
 is($failed, 0, 'failed transactions');
