@@ -5,11 +5,24 @@
 
 -- The one oracle: 'ok' where both sides have the same rows and nothing is left to be done; and the rows.
 CREATE FUNCTION verdict(OUT verdict text, OUT rows text) LANGUAGE plpgsql AS $$
+DECLARE
+    here record := sides();
+    difference text;
 BEGIN
-    verdict := coalesce(nullif(concat_ws(' ', unfinished(), (SELECT 'DIFFERENT: ' || string_agg(d::text, ' ' ORDER BY d) FROM (
-        (SELECT 'src' AS only_in, id, v FROM src EXCEPT SELECT 'src', key, value FROM dst)
-        UNION ALL (SELECT 'dst', key, value FROM dst EXCEPT SELECT 'dst', id, v FROM src)) d)), ''), 'ok');
-    rows := (SELECT string_agg(id || ' ' || v, ', ' ORDER BY id, v) FROM src);
+    EXECUTE format($q$ SELECT (SELECT 'DIFFERENT: ' || string_agg(d::text, ' ' ORDER BY d) FROM (
+        (SELECT 'source' AS only_in, id, v FROM %1$s s(id, v) EXCEPT SELECT 'source', id, v FROM %2$s t(id, v))
+        UNION ALL (SELECT 'target', id, v FROM %2$s t(id, v) EXCEPT SELECT 'target', id, v FROM %1$s s(id, v))) d),
+        (SELECT string_agg(id || ' ' || v, ', ' ORDER BY id, v) FROM %1$s s(id, v)) $q$, here.source, here.target) INTO difference, rows;
+    verdict := coalesce(nullif(concat_ws(' ', unfinished(), difference), ''), 'ok');
+END $$;
+
+-- (Into a view there is no MERGE before PostgreSQL 17, so where the target is one, a step cannot say it.)
+CREATE FUNCTION merge_into(relation regclass, key text, value text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    EXECUTE format($q$ MERGE INTO %1$s USING (VALUES (1, NULL), (2, 'merged'), (4, 'four')) AS new (id, v) ON %1$s.%2$I = new.id
+        WHEN MATCHED AND new.v IS NULL THEN DELETE
+        WHEN MATCHED THEN UPDATE SET %3$I = new.v
+        WHEN NOT MATCHED THEN INSERT VALUES (new.id, new.v) $q$, relation, key, value);
 END $$;
 
 \if :dual_writes
@@ -19,11 +32,17 @@ CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS $$
         SELECT 'queued' AS kind, key FROM migrate._requeue UNION ALL SELECT 'failed with ' || sqlstate, key FROM migrate._failure) x
 $$;
 
+-- By their OIDs, for either may have another name by now.
+CREATE FUNCTION sides(OUT source regclass, OUT target regclass) LANGUAGE sql AS 'SELECT source, target FROM migrate._flow';
+
+CREATE FUNCTION merge_target() RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM merge_into('dst', 'key', 'value'); END $$;
+
 CREATE FUNCTION no_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
 
 -- Dual writes are on, nothing is copied. A migration that was never switched is used again by the next permutation.
 -- path: sql: a trigger of the target keeps everything to SQL; place: the batch reads the source in the order of place; place sql: by the
--- keys of the rows that are there, for such a trigger has come since.
+-- keys of the rows that are there, for such a trigger has come since; swap: the cutover gives the target the source's name; source view:
+-- the source steps aside for a view.
 CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     IF obj_description(to_regclass('src')) = concat_ws(' ', key_definition, path) THEN
@@ -35,13 +54,20 @@ BEGIN
     PERFORM remove();
     EXECUTE format('CREATE TABLE src (id int %s, v text)', key_definition);
     EXECUTE format('COMMENT ON TABLE src IS %L', concat_ws(' ', key_definition, path));
-    CREATE TABLE dst (key int PRIMARY KEY, value text, note text);
+    IF path = 'swap' THEN
+        CREATE TABLE dst (id bigint PRIMARY KEY, v text, note text);
+    ELSE
+        CREATE TABLE dst (key int PRIMARY KEY, value text, note text);
+    END IF;
     IF path ~ 'sql' THEN
         CREATE TRIGGER no_change AFTER INSERT ON dst FOR EACH STATEMENT EXECUTE FUNCTION no_change();
     END IF;
     INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
-    PERFORM migrate.define('race', source => 'src', target => 'dst', mapping => 'id AS key, v AS value', on_target_delete => 'delete');
-    PERFORM migrate.add_view('race', 'served');
+    PERFORM migrate.define('race', source => 'src', target => 'dst', on_target_delete => 'delete',
+        mapping => CASE path WHEN 'swap' THEN 'id, v' ELSE 'id AS key, v AS value' END);
+    CASE path WHEN 'swap' THEN PERFORM migrate.set('race', 'cutover', 'swap');
+              WHEN 'source view' THEN PERFORM migrate.add_view('race', 'src', shape => 'source');
+              ELSE PERFORM migrate.add_view('race', 'served'); END CASE;
     PERFORM migrate._create_triggers(m, 'forward'), migrate._note_fingerprints(m) FROM migrate._migration m;
     UPDATE migrate._flow SET by_place = path ~ 'place';
 END $$;
@@ -56,12 +82,14 @@ BEGIN
 END $$;
 
 CREATE FUNCTION remove() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE
+    here record := sides();
 BEGIN
     IF EXISTS (SELECT FROM migrate._migration) THEN
         UPDATE migrate._migration SET phase = 'ready';
         PERFORM migrate.cancel('race');
         PERFORM migrate.drop('race');
-        DROP TABLE src, dst CASCADE;
+        EXECUTE format('DROP TABLE %s, %s CASCADE', here.source, here.target);
     END IF;
 END $$;
 
@@ -148,12 +176,15 @@ CREATE FUNCTION retry_all() RETURNS void LANGUAGE sql AS 'SELECT retry(x.key[1]:
 \else
 
 CREATE FUNCTION unfinished() RETURNS text LANGUAGE sql AS 'SELECT NULL';
+CREATE FUNCTION sides(OUT source regclass, OUT target regclass) LANGUAGE sql AS $$ SELECT to_regclass('src'), to_regclass('dst') $$;
+CREATE FUNCTION merge_target() RETURNS void LANGUAGE plpgsql AS $$ BEGIN PERFORM merge_into('src', 'id', 'v'); END $$;
 CREATE FUNCTION retry_all() RETURNS void LANGUAGE sql AS '';
 CREATE FUNCTION prepare(key_definition text DEFAULT 'PRIMARY KEY', path text DEFAULT 'any') RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
     EXECUTE format('CREATE TABLE src (id int %s, v text, note text)', key_definition);
     CREATE VIEW dst AS SELECT id AS key, v AS value, note FROM src;
     CREATE VIEW served AS SELECT id AS key, v AS value FROM src;
+    CREATE VIEW src_old AS SELECT id, v FROM src;
     INSERT INTO src VALUES (1, 'one'), (2, 'two'), (3, 'three');
 END $$;
 CREATE FUNCTION clean() RETURNS void LANGUAGE sql AS 'DROP TABLE src CASCADE';
