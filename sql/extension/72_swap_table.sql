@@ -104,7 +104,7 @@ BEGIN
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, dest, (SELECT c.relname::text FROM pg_class c WHERE c.oid = origin));
     FOR g IN SELECT * FROM migrate._swap_missing_grants(origin, dest) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || dest, format('%s on sequence %s is granted to %s', g.privilege, dest, g.grantee), dest, p.owner,
-            ARRAY[format('GRANT %s ON SEQUENCE ', g.privilege), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s ON SEQUENCE ', g.privilege), ' FROM ' || g.grantee]);
+            ARRAY[format('GRANT %s ON SEQUENCE ', g.privilege), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s ON SEQUENCE ', g.privilege), format(' FROM %s CASCADE', g.grantee)]);
     END LOOP;
 END $$;
 
@@ -257,7 +257,7 @@ LANGUAGE sql STABLE AS $$
     GROUP BY a.privilege_type, a.grantee ORDER BY 2, 1
 $$;
 
--- (Where the target has a right without its grant option, rollback takes the option alone.)
+-- (Where the target has a right without its grant option, rollback takes the option alone. What was granted by it meanwhile goes with it.)
 CREATE FUNCTION migrate._swap_grants(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -268,7 +268,7 @@ BEGIN
              FROM migrate._swap_missing_grants(p.source, p.target) x LOOP
         RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s is granted to %s', g.privilege, g.grantee), p.target, p.owner,
             ARRAY[format('GRANT %s ON ', g.privilege), ' TO ' || g.grantee || g.with_option],
-            ARRAY[format('REVOKE %s%s ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege), format(' FROM %s', g.grantee)]);
+            ARRAY[format('REVOKE %s%s ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege), format(' FROM %s CASCADE', g.grantee)]);
     END LOOP;
     FOR g IN SELECT x.privilege_type AS privilege, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END AS grantee, a.attname AS origin, b.attname AS dest,
                     CASE WHEN bool_or(x.is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS with_option
@@ -283,7 +283,7 @@ BEGIN
                 format('GRANT %1$s (…) ON %2$s TO %3$s; where it is meant, then REVOKE %1$s (%4$I) ON %5$s FROM %3$s;', g.privilege, p.target, g.grantee, g.origin, p.source));
         ELSE
             RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s on column %I is granted to %s', g.privilege, g.dest, g.grantee), p.target, p.owner,
-                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s (%I) ON ', g.privilege, g.dest), ' FROM ' || g.grantee]);
+                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s (%I) ON ', g.privilege, g.dest), format(' FROM %s CASCADE', g.grantee)]);
         END IF;
     END LOOP;
 END $$;
