@@ -59,6 +59,16 @@ SELECT * FROM rights('s');
 SELECT * FROM rights('t') UNION ALL SELECT * FROM rights('t_code_seq');
 CALL over();
 
+-- A table and its key, whose names are as long as names can be and begin alike, step aside under different ones.
+SELECT repeat('n', 63) AS long \gset
+CREATE TABLE :long (id serial PRIMARY KEY, v text UNIQUE);
+CREATE TABLE t (id bigint PRIMARY KEY, v text UNIQUE);
+CALL ready(:'long');
+SELECT migrate.cutover('m');
+SELECT c.relname, i.relname FROM pg_class c JOIN pg_index x ON x.indrelid = c.oid JOIN pg_class i ON i.oid = x.indexrelid WHERE c.relnamespace = 'swap_test'::regnamespace ORDER BY 1, 2;
+SELECT migrate.rollback('m');
+CALL over(:'long');
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -46,16 +46,20 @@ BEGIN
     END LOOP;
 END $$;
 
--- <stem><suffix>, shortened to 63 bytes, with a number where that is taken, by what has a name of that kind or among `taken`.
+-- <stem><suffix>, with a number where that is taken, by what has a name of that kind or among `taken`. A stem that is too long for 63 bytes
+-- is shortened, and tells by its hash what it was: a table and its indexes often begin alike.
 CREATE FUNCTION migrate._free_name(namespace oid, stem text, suffix text, taken text[]) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     whole text := stem;
     candidate text;
 BEGIN
-    WHILE octet_length(stem) > 63 - octet_length(suffix || '99') LOOP
-        stem := left(stem, -1);
-    END LOOP;
+    IF octet_length(stem || suffix || '99') > 63 THEN
+        suffix := format('_%s%s', left(md5(whole), 6), suffix);
+        WHILE octet_length(stem || suffix || '99') > 63 LOOP
+            stem := left(stem, -1);
+        END LOOP;
+    END IF;
     FOR i IN 1 .. 99 LOOP
         candidate := stem || suffix || CASE i WHEN 1 THEN '' ELSE i::text END;
         IF candidate <> ALL (taken) AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = namespace AND c.relname = candidate)
