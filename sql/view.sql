@@ -145,6 +145,27 @@ SELECT migrate.add_view('r', 'contact_view');
 \echo :LAST_ERROR_SQLSTATE
 SELECT migrate.drop('r');
 
+-- who inserts through the view needs the sequences of the target's defaults
+ALTER TABLE users DISABLE ROW LEVEL SECURITY;
+CREATE TABLE serials (id bigserial PRIMARY KEY, name text NOT NULL, further serial);
+ALTER TABLE serials OWNER TO regress_view_owner;
+SELECT migrate.define('q', 'users', 'serials', on_target_delete => 'delete');
+SELECT migrate.add_view('q', 'serial_view');  -- (users_id_seq is closed to the reader as well)
+DROP VIEW serial_view;
+SELECT migrate.drop('q');
+GRANT USAGE ON SEQUENCE users_id_seq TO regress_view_reader;
+SELECT migrate.define('q', 'users', 'serials', on_target_delete => 'delete');
+SELECT migrate.add_view('q', 'serial_view');
+\echo :LAST_ERROR_SQLSTATE
+GRANT USAGE ON SEQUENCE view_test.serials_further_seq, serials_id_seq TO regress_view_reader;
+SELECT migrate.add_view('q', 'serial_view');
+REVOKE USAGE ON SEQUENCE serials_id_seq FROM regress_view_reader;
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'target') WHERE m.name = 'q';
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'source') WHERE m.name = 'q';
+SELECT migrate.drop('q');
+DROP VIEW serial_view;
+REVOKE USAGE ON SEQUENCE users_id_seq FROM regress_view_reader;
+
 SET client_min_messages = warning;
 DROP SCHEMA view_test CASCADE;
 DROP ROLE regress_view_owner, regress_view_other, regress_view_reader;

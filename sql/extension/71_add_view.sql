@@ -160,11 +160,13 @@ LANGUAGE plpgsql AS $$
 DECLARE
     missing record;
 BEGIN
-    SELECT r.*, s.side INTO missing FROM unnest(ARRAY['source', 'target']) AS s(side), migrate._view_rights(v, s.side) r LIMIT 1;
+    SELECT r.*, s.side, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END AS what INTO missing
+    FROM unnest(ARRAY['source', 'target']) AS s(side), migrate._view_rights(v, s.side) r JOIN pg_class c ON c.oid = r.relation LIMIT 1;
     IF FOUND THEN
-        PERFORM migrate._raise('42501', format('role %s lacks rights on table %s that view %s needs', missing.role, missing.relation, v.view),
-            format('Missing: %s. When the %s serves, the view reads and writes that table with the rights of this role.', missing.privileges, missing.side),
-            format('GRANT %s ON %s TO %s;', missing.privileges, missing.relation, missing.role));
+        PERFORM migrate._raise('42501', format('role %s lacks rights on %s %s that view %s needs', missing.role, missing.what, missing.relation, v.view),
+            format('Missing: %s. When the %s serves, the view %s with the rights of this role.', missing.privileges, missing.side,
+                   CASE missing.what WHEN 'table' THEN 'reads and writes that table' ELSE 'takes defaults from that sequence' END),
+            format('GRANT %s ON %s%s TO %s;', missing.privileges, CASE missing.what WHEN 'sequence' THEN 'SEQUENCE ' ELSE '' END, missing.relation, missing.role));
     END IF;
 END $$;
 

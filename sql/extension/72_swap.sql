@@ -128,6 +128,7 @@ BEGIN
     RETURN QUERY SELECT * FROM migrate._swap_storage(p);
     RETURN QUERY SELECT * FROM migrate._swap_comments(p);
     RETURN QUERY SELECT * FROM migrate._swap_grants(p);
+    RETURN QUERY SELECT * FROM migrate._swap_sequence_grants(p);
     RETURN QUERY SELECT * FROM migrate._swap_outgoing_keys(m, p);
     RETURN QUERY SELECT * FROM migrate._swap_incoming_keys(m, p);
     RETURN QUERY SELECT * FROM migrate._swap_policies(p);

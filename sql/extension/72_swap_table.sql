@@ -287,3 +287,16 @@ BEGIN
         END IF;
     END LOOP;
 END $$;
+
+-- What the new table alone takes from a sequence (a further serial column, a serial in place of an identity) must not fail whoever inserts.
+CREATE FUNCTION migrate._swap_sequence_grants(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
+LANGUAGE sql STABLE AS $$
+    SELECT s.* FROM (SELECT q, migrate._table_owner(q) AS owner, CASE i.role WHEN 0 THEN 'PUBLIC' ELSE i.role::regrole::text END AS grantee
+                     FROM migrate._inserters(p.source) i, LATERAL migrate._closed_sequences(p.flow, i.role) q) g,
+        LATERAL migrate._swap_step(9, 'step', 'sequence ' || g.q, format('USAGE on sequence %s is granted to %s, who may insert', g.q, g.grantee), g.q, g.owner,
+            ARRAY['GRANT USAGE ON SEQUENCE ', ' TO ' || g.grantee], ARRAY['REVOKE USAGE ON SEQUENCE ', format(' FROM %s CASCADE', g.grantee)]) s
+    -- (Where either column has a sequence of its own, the grants are carried from the one to the other.)
+    WHERE NOT EXISTS (SELECT FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin AND a.attidentity = ''
+                      WHERE migrate._owned_sequence(p.target, u.dest) = g.q AND migrate._owned_sequence(p.source, a.attnum) IS NOT NULL)
+    ORDER BY g.q::text, g.grantee
+$$;
