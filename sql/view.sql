@@ -166,6 +166,33 @@ SELECT migrate.drop('q');
 DROP VIEW serial_view;
 REVOKE USAGE ON SEQUENCE users_id_seq FROM regress_view_reader;
 
+-- security_invoker (of PostgreSQL 15): the rights of PUBLIC, and of who has columns alone
+SELECT current_setting('server_version_num')::int >= 150000 AS has_invoker \gset
+\if :has_invoker
+CREATE TABLE open (id bigint PRIMARY KEY, v text);
+CREATE TABLE closed (id bigint PRIMARY KEY, v text);
+ALTER TABLE open OWNER TO regress_view_owner;
+ALTER TABLE closed OWNER TO regress_view_owner;
+ALTER TABLE open ENABLE ROW LEVEL SECURITY;
+ALTER TABLE closed ENABLE ROW LEVEL SECURITY;
+GRANT SELECT ON open TO PUBLIC;
+SELECT migrate.define('i', 'open', 'closed', on_target_delete => 'delete');
+SELECT migrate.add_view('i', 'open_view');
+\echo :LAST_ERROR_SQLSTATE
+REVOKE SELECT ON open FROM PUBLIC;
+GRANT SELECT (id, v), INSERT (id) ON open TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+GRANT SELECT (id, v) ON closed TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+GRANT INSERT (id) ON closed TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+ALTER VIEW open_view SET (security_invoker = on);
+REVOKE SELECT (id, v) ON closed FROM regress_view_reader;
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'target') WHERE m.name = 'i';
+SELECT migrate.drop('i');
+DROP VIEW open_view;
+\endif
+
 SET client_min_messages = warning;
 DROP SCHEMA view_test CASCADE;
 DROP ROLE regress_view_owner, regress_view_other, regress_view_reader;

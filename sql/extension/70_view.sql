@@ -167,11 +167,11 @@ LANGUAGE sql STABLE AS $$
 $$;
 
 -- The rights that reading and writing through the view needs on the side it goes to and had on the side it comes from. A view is
--- read with its owner's rights; with security_invoker, with those of everybody it is granted to. Sequences are asked by whoever inserts.
+-- read with its owner's rights; with security_invoker, with those of everybody it, or a column of it, is granted to. Sequences are asked by whoever inserts.
 CREATE FUNCTION migrate._view_rights(v migrate._view, side text) RETURNS TABLE (role text, privileges text, relation regclass)
 LANGUAGE sql STABLE AS $$
     WITH place AS (
-        SELECT c.relowner, c.relacl, coalesce('security_invoker=true' = ANY (c.reloptions), false) AS invoker,
+        SELECT c.relowner, c.relacl, EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o WHERE o.option_name = 'security_invoker' AND o.option_value::boolean) AS invoker,
                CASE side WHEN 'target' THEN f.target ELSE f.source END AS goes_to,
                CASE side WHEN 'target' THEN f.source ELSE f.target END AS comes_from
         FROM migrate._flow f, pg_class c WHERE f.id = v.flow AND c.oid = v.view
@@ -182,18 +182,20 @@ LANGUAGE sql STABLE AS $$
                     ELSE (SELECT p.reads FROM migrate._mapping p WHERE p.flow = v.flow AND p.direction =
                               CASE v.shape WHEN 'target' THEN 'forward' ELSE 'reverse' END) END AS attnums
     ), want AS (
-        SELECT p.relowner AS role, u.privilege FROM place p, used u WHERE NOT p.invoker
+        SELECT p.relowner AS role, u.privilege, '' AS columns FROM place p, used u WHERE NOT p.invoker
         UNION
-        SELECT a.grantee, a.privilege_type FROM place p, aclexplode(coalesce(p.relacl, acldefault('r', p.relowner))) a
-        WHERE p.invoker AND a.grantee <> 0 AND a.privilege_type IN (SELECT u.privilege FROM used u)
+        SELECT a.grantee, a.privilege_type, a.columns
+        FROM place p, LATERAL (SELECT x.*, '' AS columns FROM aclexplode(coalesce(p.relacl, acldefault('r', p.relowner))) x
+                               UNION ALL SELECT x.*, ' (…)' FROM pg_attribute t, aclexplode(t.attacl) x WHERE t.attrelid = v.view) a
+        WHERE p.invoker AND a.privilege_type IN (SELECT u.privilege FROM used u)
     )
-    SELECT w.role::regrole::text, string_agg(w.privilege, ', ' ORDER BY u.i), p.goes_to
+    SELECT CASE w.role WHEN 0 THEN 'PUBLIC' ELSE w.role::regrole::text END, string_agg(w.privilege || w.columns, ', ' ORDER BY u.i), p.goes_to
     FROM want w JOIN used u USING (privilege), place p, needed n
-    WHERE CASE w.privilege
-          WHEN 'SELECT' THEN EXISTS (SELECT FROM migrate._columns_of(p.goes_to, nullif(n.attnums, '{0}')) c
-                                     WHERE NOT has_column_privilege(w.role, p.goes_to, c.attnum, 'SELECT'))
-          ELSE has_table_privilege(w.role, p.comes_from, w.privilege) AND NOT has_table_privilege(w.role, p.goes_to, w.privilege) END
-    GROUP BY w.role, p.goes_to
+    WHERE CASE WHEN w.columns <> '' THEN has_any_column_privilege(w.role, p.comes_from, w.privilege) AND NOT has_any_column_privilege(w.role, p.goes_to, w.privilege)
+               WHEN w.privilege = 'SELECT' THEN EXISTS (SELECT FROM migrate._columns_of(p.goes_to, nullif(n.attnums, '{0}')) c
+                                                        WHERE NOT has_column_privilege(w.role, p.goes_to, c.attnum, 'SELECT'))
+               ELSE has_table_privilege(w.role, p.comes_from, w.privilege) AND NOT has_table_privilege(w.role, p.goes_to, w.privilege) END
+    GROUP BY w.role, w.columns, p.goes_to
     UNION ALL
     SELECT CASE r.role WHEN 0 THEN 'PUBLIC' ELSE r.role::regrole::text END, 'USAGE', q
     FROM migrate._inserters(v.view) r, LATERAL migrate._closed_sequences(v.flow, r.role) q WHERE v.use = 'both' AND side = 'target'
