@@ -109,6 +109,21 @@ CALL ready();
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'USAGE';
 CALL over();
 
+-- Row security that only the target has.
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (id bigint PRIMARY KEY, v text);
+ALTER TABLE t ENABLE ROW LEVEL SECURITY;
+CREATE POLICY wide ON t USING (true);
+CREATE POLICY narrow ON t AS RESTRICTIVE FOR SELECT TO regress_swap_app USING (v <> 'x');
+CALL ready();
+SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'policy|security';
+ALTER TABLE s ENABLE ROW LEVEL SECURITY;
+CREATE POLICY own ON s USING (v <> 'secret');
+SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'policy|security';
+SELECT migrate.set('m', 'cutover', 'default');
+SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'row_security';
+CALL over();
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -47,6 +47,7 @@ BEGIN
         RETURN NEXT migrate._swap_step(12, 'step', 'row security', 'row-level security is enabled on the new table', p.target, p.owner,
             ARRAY['ALTER TABLE ', ' ENABLE ROW LEVEL SECURITY'], ARRAY['ALTER TABLE ', ' DISABLE ROW LEVEL SECURITY']);
     END IF;
+    RETURN QUERY SELECT w.* FROM migrate._policies_of_target(p.source, p.target) x, LATERAL migrate._swap_warning(x.object, x.why, x.hint) w;
 END $$;
 
 -- ALTER TABLE … ENABLE [ALWAYS] TRIGGER, as it is now.
