@@ -124,6 +124,30 @@ SELECT migrate.set('m', 'cutover', 'default');
 SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'row_security';
 CALL over();
 
+-- An index that only looks like the source's has not its name.
+CREATE TABLE s (id int PRIMARY KEY, v text, a int, b int, r int4range, n int);
+CREATE INDEX s_pattern ON s (v text_pattern_ops);
+CREATE INDEX s_collation ON s (v COLLATE "POSIX");
+CREATE INDEX s_plain ON s (n);
+ALTER TABLE s ADD CONSTRAINT s_a UNIQUE (a) DEFERRABLE, ADD CONSTRAINT s_r EXCLUDE USING gist (r WITH &&);
+CREATE TABLE t (id bigint PRIMARY KEY, v text, a int, b int, r int4range, n numeric);
+CREATE INDEX t_v ON t (v);
+CREATE INDEX t_n ON t (n);
+CREATE INDEX t_r ON t USING gist (r);
+ALTER TABLE t ADD CONSTRAINT t_a UNIQUE (a), ADD CONSTRAINT t_b UNIQUE (b);
+DO $$ BEGIN EXECUTE format('ALTER TABLE s ADD CONSTRAINT s_b UNIQUE %s (b)', CASE WHEN current_setting('server_version_num')::int >= 150000 THEN 'NULLS NOT DISTINCT' ELSE '' END); END $$;
+SELECT migrate.define('m', 's', 't', on_target_delete => 'delete'), migrate.set('m', 'cutover', 'swap');
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index' AND message !~ '\m[st]_b\M';
+SELECT message ~ 'stays' = (current_setting('server_version_num')::int >= 150000) AS told FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index s_b ';
+DROP INDEX t_r;
+ALTER TABLE t DROP CONSTRAINT t_a, ADD CONSTRAINT t_a UNIQUE (a) DEFERRABLE, ADD CONSTRAINT t_r EXCLUDE USING gist (r WITH &&);
+CREATE INDEX t_pattern ON t (v text_pattern_ops);
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index .*is called s_';
+ALTER TABLE t DROP CONSTRAINT t_r, ADD CONSTRAINT t_r EXCLUDE USING gist (r WITH =);
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index s_r';
+SELECT migrate.drop('m');
+DROP TABLE s, t;
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -26,7 +26,7 @@ $$;
 -- What the target's own row security changes for whoever reads the source now.
 CREATE FUNCTION migrate._policies_of_target(source regclass, target regclass) RETURNS TABLE (object text, why text, hint text)
 LANGUAGE sql STABLE AS $$
-    SELECT 'row security of ' || target, format('hides rows that everybody reads in %s, which has none: policies do not bind the owner alone', source),
+    SELECT 'row security of ' || target, format('hides what its policies do not show from everybody but its owner; %s has none', source),
            format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY; unless it is meant.', target)
     FROM pg_class a, pg_class b WHERE a.oid = source AND b.oid = target AND b.relrowsecurity AND NOT a.relrowsecurity
     UNION ALL

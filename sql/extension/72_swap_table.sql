@@ -123,6 +123,22 @@ LANGUAGE sql STABLE AS $$
         ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, name, becomes)], ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, becomes, name)])
 $$;
 
+-- Whether two indexes over the same columns serve the same statements: as to when and for what a key is unique, what it excludes, and
+-- how each column is compared (by the same family of operators, or by what is the default for its type, which may be another one).
+CREATE FUNCTION migrate._swap_same_index(ours pg_index, theirs pg_index) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT (ours.indisunique, ours.indimmediate, ours.indisexclusion) = (theirs.indisunique, theirs.indimmediate, theirs.indisexclusion)
+       AND to_jsonb(ours) -> 'indnullsnotdistinct' IS NOT DISTINCT FROM to_jsonb(theirs) -> 'indnullsnotdistinct'
+       AND ours.indoption::int2[] = theirs.indoption::int2[] AND ours.indnkeyatts = theirs.indnkeyatts AND ours.indcollation::oid[] = theirs.indcollation::oid[]
+       AND NOT EXISTS (SELECT FROM generate_series(0, ours.indnkeyatts - 1) n JOIN pg_opclass a ON a.oid = ours.indclass[n] JOIN pg_opclass b ON b.oid = theirs.indclass[n]
+                       WHERE a.opcfamily <> b.opcfamily AND NOT (a.opcdefault AND b.opcdefault))
+       AND (SELECT array_agg(o.oprname ORDER BY u.i) FROM pg_constraint k, unnest(k.conexclop) WITH ORDINALITY AS u(operator, i) JOIN pg_operator o ON o.oid = u.operator WHERE k.conindid = ours.indexrelid AND k.contype = 'x')
+           IS NOT DISTINCT FROM
+           (SELECT array_agg(o.oprname ORDER BY u.i) FROM pg_constraint k, unnest(k.conexclop) WITH ORDINALITY AS u(operator, i) JOIN pg_operator o ON o.oid = u.operator WHERE k.conindid = theirs.indexrelid AND k.contype = 'x')
+       AND pg_get_expr(ours.indpred, ours.indrelid) IS NOT DISTINCT FROM pg_get_expr(theirs.indpred, theirs.indrelid)
+       AND pg_get_expr(ours.indexprs, ours.indrelid) IS NOT DISTINCT FROM pg_get_expr(theirs.indexprs, theirs.indrelid)
+$$;
+
 -- Indexes of the target over the same columns, in the same way, take the names of the source's, and constraints that stand on them.
 CREATE FUNCTION migrate._swap_indexes(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
@@ -132,13 +148,10 @@ DECLARE
     used oid[] := '{}';
     taken text[] := '{}';
 BEGIN
-    FOR i IN SELECT x.*, c.relname::text AS name, c.relam, migrate._swap_image(p, x.indkey::int2[]) AS image FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid
+    FOR i IN SELECT x.*, x AS whole, c.relname::text AS name, c.relam, migrate._swap_image(p, x.indkey::int2[]) AS image FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid
              WHERE x.indrelid = p.source ORDER BY x.indisprimary DESC, c.relname LOOP
         SELECT y.indexrelid, c.relname::text AS name INTO twin FROM pg_index y JOIN pg_class c ON c.oid = y.indexrelid
-        WHERE y.indrelid = p.target AND y.indexrelid <> ALL (used) AND y.indkey[0:y.indnatts - 1]::int2[] = i.image AND y.indnkeyatts = i.indnkeyatts AND y.indisunique = i.indisunique
-          AND c.relam = i.relam AND y.indoption::int2[] = i.indoption::int2[] AND y.indisvalid
-          AND pg_get_expr(y.indpred, y.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indpred, i.indrelid)
-          AND pg_get_expr(y.indexprs, y.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indexprs, i.indrelid)
+        WHERE y.indrelid = p.target AND y.indexrelid <> ALL (used) AND y.indkey[0:y.indnatts - 1]::int2[] = i.image AND c.relam = i.relam AND y.indisvalid AND migrate._swap_same_index(i.whole, y)
         ORDER BY y.indisprimary = i.indisprimary DESC, y.indexrelid LIMIT 1;
         IF NOT FOUND THEN
             RETURN NEXT migrate._swap_note('index ' || quote_ident(i.name), 'stays with the old table: the target has none like it');
