@@ -41,6 +41,7 @@ BEGIN
         ELSE
             RETURN NEXT migrate._swap_step(12, 'step', 'policy ' || quote_ident(q.polname), format('policy %I is made on the new table', q.polname), p.target, p.owner,
                 ARRAY[format('CREATE POLICY %I ON ', q.polname), migrate._swap_policy_text(q.ours, p.source)], ARRAY[format('DROP POLICY %I ON ', q.polname), '']);
+            RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'POLICY', q.polname, 'pg_policy', (q.ours).oid, NULL, 12);
         END IF;
     END LOOP;
     IF (SELECT a.relrowsecurity AND NOT b.relrowsecurity FROM pg_class a, pg_class b WHERE a.oid = p.source AND b.oid = p.target) THEN
@@ -80,6 +81,7 @@ BEGIN
         ELSIF g.twin IS NULL THEN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I is made on the new table', g.tgname), p.target, p.owner,
                 ARRAY[pg_get_triggerdef(g.oid)], ARRAY[format('DROP TRIGGER %I ON ', g.tgname), '']);
+            RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'TRIGGER', g.tgname, 'pg_trigger', g.oid, NULL, 13);
         END IF;
         IF g.tgenabled <> coalesce(g.twin_enabled, 'O') AND coalesce(g.twin_enabled, 'D') = 'D' THEN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I of the new table fires as the source''s does', g.tgname), p.target, p.owner,

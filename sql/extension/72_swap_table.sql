@@ -88,6 +88,7 @@ BEGIN
               name, migrate._swap_counting(s, a.atttypid))],
         ARRAY['ALTER TABLE ', format(' ALTER %I DROP IDENTITY', dest)])).*
     FROM pg_sequence s, pg_attribute a WHERE s.seqrelid = sequence AND a.attrelid = p.target AND a.attname = dest;
+    RETURN QUERY SELECT x.* FROM pg_class c, LATERAL migrate._swap_comment(p, 'SEQUENCE', c.relname, 'pg_class', c.oid, NULL) x WHERE c.oid = sequence;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(sequence, NULL) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || sequence, format('%s on sequence %s is granted to %s', g.privilege, sequence, g.grantee), NULL, p.owner,
             ARRAY[format('GRANT %s ON SEQUENCE %s TO %s%s', g.privilege, name, g.grantee, g.with_option)], NULL);
@@ -102,6 +103,7 @@ DECLARE
 BEGIN
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, origin, aside);
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, dest, (SELECT c.relname::text FROM pg_class c WHERE c.oid = origin));
+    RETURN QUERY SELECT x.* FROM pg_class c, LATERAL migrate._swap_comment(p, 'SEQUENCE', c.relname, 'pg_class', origin, dest) x WHERE c.oid = origin;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(origin, dest) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || dest, format('%s on sequence %s is granted to %s', g.privilege, dest, g.grantee), dest, p.owner,
             ARRAY[format('GRANT %s ON SEQUENCE ', g.privilege), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s ON SEQUENCE ', g.privilege), format(' FROM %s CASCADE', g.grantee)]);
@@ -161,6 +163,13 @@ BEGIN
         taken := taken || migrate._aside_name(i.indexrelid, '_old', taken);
         RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, i.name, taken[cardinality(taken)]);
         RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, twin.name, i.name);
+        IF i.indisclustered AND NOT EXISTS (SELECT FROM pg_index y WHERE y.indrelid = p.target AND y.indisclustered) THEN
+            RETURN NEXT migrate._swap_step(7, 'step', 'index ' || quote_ident(i.name), format('CLUSTER goes by index %I', i.name), p.target, p.owner,
+                ARRAY['ALTER TABLE ', format(' CLUSTER ON %I', i.name)], ARRAY['ALTER TABLE ', ' SET WITHOUT CLUSTER']);
+        END IF;
+        RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'INDEX', i.name, 'pg_class', i.indexrelid, twin.indexrelid);
+        RETURN QUERY SELECT c.* FROM pg_constraint a JOIN pg_constraint b ON b.conindid = twin.indexrelid AND b.conrelid = p.target AND b.contype = a.contype,
+            LATERAL migrate._swap_comment(p, 'CONSTRAINT', i.name, 'pg_constraint', a.oid, b.oid) c WHERE a.conindid = i.indexrelid AND a.conrelid = p.source AND a.contype <> 'f';
     END LOOP;
 END $$;
 
@@ -172,7 +181,7 @@ DECLARE
     twin name;
     used name[] := ARRAY(SELECT k.conname FROM pg_constraint k JOIN pg_constraint o ON o.conname = k.conname AND o.conrelid = p.source WHERE k.conrelid = p.target);
 BEGIN
-    FOR c IN SELECT k.conname, pg_get_expr(k.conbin, k.conrelid) AS says FROM pg_constraint k WHERE k.conrelid = p.source AND k.contype = 'c' ORDER BY k.conname LOOP
+    FOR c IN SELECT k.oid, k.conname, pg_get_expr(k.conbin, k.conrelid) AS says FROM pg_constraint k WHERE k.conrelid = p.source AND k.contype = 'c' ORDER BY k.conname LOOP
         CONTINUE WHEN c.conname = ANY (used);
         twin := (SELECT min(k.conname::text) FROM pg_constraint k WHERE k.conrelid = p.target AND k.contype = 'c' AND k.conname <> ALL (used) AND k.conislocal AND k.coninhcount = 0
                  AND pg_get_expr(k.conbin, k.conrelid) = c.says);
@@ -182,6 +191,7 @@ BEGIN
         END IF;
         used := used || twin;
         RETURN NEXT migrate._swap_rename_constraint(p, twin, c.conname);
+        RETURN QUERY SELECT x.* FROM pg_constraint k, LATERAL migrate._swap_comment(p, 'CONSTRAINT', c.conname, 'pg_constraint', c.oid, k.oid) x WHERE k.conrelid = p.target AND k.conname = twin;
     END LOOP;
 END $$;
 
@@ -209,10 +219,11 @@ BEGIN
         used := used || twin.oid;
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, twin.stxname, s.stxname);
+        RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'STATISTICS', s.stxname, 'pg_statistic_ext', s.oid, twin.oid);
     END LOOP;
 END $$;
 
--- Storage parameters that the target does not have for itself, and the replica identity.
+-- Settings of columns (for ANALYZE) and storage parameters that the target does not have for itself, and the replica identity.
 CREATE FUNCTION migrate._swap_storage(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -228,6 +239,15 @@ BEGIN
           UNION ALL
           SELECT 'toast.' || o.option_name, o.option_value FROM pg_class a, pg_class b, pg_options_to_table(a.reloptions) o
           WHERE a.oid = s.reltoastrelid AND b.oid = t.reltoastrelid AND o.option_name NOT IN (SELECT x.option_name FROM pg_options_to_table(b.reloptions) x)) o;
+    RETURN QUERY SELECT (migrate._swap_step(7, 'step', 'column ' || quote_ident(o.name), format('column %I: %s is set', o.name, o.setting), p.target, p.owner,
+        ARRAY['ALTER TABLE ', format(' ALTER %I %s', o.name, o.there)], ARRAY['ALTER TABLE ', format(' ALTER %I %s', o.name, o.back)])).*
+    FROM (SELECT b.attname AS name, x.* FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin
+          JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = u.dest, LATERAL (
+              SELECT 'statistics target ' || a.attstattarget AS setting, 'SET STATISTICS ' || a.attstattarget AS there, 'SET STATISTICS -1' AS back
+              WHERE nullif(a.attstattarget, -1) IS NOT NULL AND nullif(b.attstattarget, -1) IS NULL
+              UNION ALL
+              SELECT format('%s = %s', w.option_name, w.option_value), format('SET (%s = %L)', w.option_name, w.option_value), format('RESET (%s)', w.option_name) FROM pg_options_to_table(a.attoptions) w
+              WHERE t.relkind = 'r' AND w.option_name LIKE 'n_distinct%' AND w.option_name NOT IN (SELECT y.option_name FROM pg_options_to_table(b.attoptions) y)) x ORDER BY b.attnum) o;
     IF t.relreplident <> 'd' OR s.relreplident = 'd' THEN
         RETURN;
     ELSIF t.relkind = 'p' THEN
