@@ -188,6 +188,25 @@ CALL over();
 DROP TABLE r, compared;
 DROP FUNCTION told();
 
+-- Logical replication knows the table by its name.
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (id bigint PRIMARY KEY, v text);
+SELECT migrate.define('m', 's', 't', on_target_delete => 'delete'), migrate.set('m', 'cutover', 'swap');
+SET client_min_messages = error;
+CREATE SUBSCRIPTION regress_swap_sub CONNECTION 'dbname=nowhere' PUBLICATION p WITH (connect = false);
+SET allow_system_table_mods = on;
+INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate) SELECT oid, 's'::regclass, 'r' FROM pg_subscription WHERE subname = 'regress_swap_sub';
+RESET allow_system_table_mods;
+SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'subscription';
+ALTER SUBSCRIPTION regress_swap_sub SET (slot_name = NONE);
+DROP SUBSCRIPTION regress_swap_sub;
+CREATE PUBLICATION regress_swap_pub FOR ALL TABLES;
+SET client_min_messages = warning;
+SELECT severity, message, hint FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'publication';
+DROP PUBLICATION regress_swap_pub;
+SELECT migrate.drop('m');
+DROP TABLE s, t;
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -166,6 +166,22 @@ SELECT migrate.drop('q');
 DROP VIEW serial_view;
 REVOKE USAGE ON SEQUENCE users_id_seq FROM regress_view_reader;
 
+-- logical replication does not follow a source that steps aside
+SELECT migrate.define('n', 'users', 'profiles', $$ id AS user_id, name AS display_name, bio, created_at $$, on_target_delete => 'delete');
+SET client_min_messages = error;
+CREATE PUBLICATION regress_view_pub FOR TABLE users;
+CREATE SUBSCRIPTION regress_view_sub CONNECTION 'dbname=nowhere' PUBLICATION p WITH (connect = false);
+SET allow_system_table_mods = on;
+INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate) SELECT oid, 'users'::regclass, 'r' FROM pg_subscription WHERE subname = 'regress_view_sub';
+RESET allow_system_table_mods;
+SET client_min_messages = warning;
+SELECT migrate.add_view('n', 'users', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+ALTER SUBSCRIPTION regress_view_sub SET (slot_name = NONE);
+DROP SUBSCRIPTION regress_view_sub;
+SELECT migrate.add_view('n', 'users', shape => 'source');
+DROP PUBLICATION regress_view_pub;
+
 -- security_invoker (of PostgreSQL 15): the rights of PUBLIC, and of who has columns alone
 SELECT current_setting('server_version_num')::int >= 150000 AS has_invoker \gset
 \if :has_invoker

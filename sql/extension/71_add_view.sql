@@ -288,6 +288,7 @@ BEGIN
     END IF;
     PERFORM migrate._require_create(caller, schema);
     PERFORM migrate._require_create(migrate._table_owner(f.source), schema);
+    PERFORM migrate._check_name_replicated(f.source, m.name);
     FOR d IN SELECT DISTINCT r.ev_class::regclass AS view FROM pg_depend p JOIN pg_rewrite r ON p.classid = 'pg_rewrite'::regclass AND r.oid = p.objid
              WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = f.source AND r.ev_class NOT IN (SELECT q.view FROM migrate._mapping q) ORDER BY 1 LOOP
         RAISE NOTICE 'view % reads table % itself and goes on doing so after cutover', d.view, f.source
@@ -298,6 +299,22 @@ BEGIN
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     PERFORM migrate._event(m, caller, 'view', format('view %I.%I took the name of the source, which is now %s', schema, relation, f.source));
     RETURN format('%s -> %s, view %I.%I over %s, the former %s', m.phase, m.phase, schema, relation, done.result, relation);
+END $$;
+
+-- Logical replication knows tables by their names, and no views: it does not follow a source that steps aside for one.
+CREATE FUNCTION migrate._check_name_replicated(source regclass, migration text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT DISTINCT u.subname FROM pg_subscription_rel s JOIN pg_subscription u ON u.oid = s.srsubid WHERE s.srrelid IN (SELECT t FROM migrate._partition_tree(source) t) LOOP
+        PERFORM migrate._raise('55000', format('table %s cannot step aside for a view', source), format('Subscription %I writes it by its name, and would stop at a view.', r.subname),
+            format('SELECT migrate.add_view(%L, ''…''); makes a view of shape target, under another name.', migration));
+    END LOOP;
+    FOR r IN SELECT DISTINCT b.pubname FROM pg_publication_tables b JOIN pg_namespace n ON n.nspname = b.schemaname JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = b.tablename WHERE c.oid = source ORDER BY 1 LOOP
+        RAISE WARNING 'publication % publishes table %: under its new name subscribers do not know it, and stop', quote_ident(r.pubname), source
+            USING HINT = 'Rename it on the subscribers, too; or leave it, and let applications use a view of shape target.';
+    END LOOP;
 END $$;
 
 -- Renames the source and creates the view in its place, in one attempt. Returns the new name.
