@@ -207,6 +207,20 @@ DROP PUBLICATION regress_swap_pub;
 SELECT migrate.drop('m');
 DROP TABLE s, t;
 
+-- Statistics, which a change of the table's owner leaves to the former one.
+CREATE TABLE s (id int PRIMARY KEY, v text, a int);
+CREATE TABLE t (id bigint PRIMARY KEY, v text, a int);
+CREATE STATISTICS s_stat ON v, a FROM s;
+CREATE STATISTICS t_stat ON v, a FROM t;
+ALTER TABLE s OWNER TO regress_swap_owner;
+ALTER TABLE t OWNER TO regress_swap_owner;
+CALL ready();
+SELECT migrate.cutover('m');
+SELECT stxrelid::regclass, stxname FROM pg_statistic_ext WHERE stxnamespace = 'swap_test'::regnamespace ORDER BY 1;
+SELECT migrate.rollback('m');
+SELECT stxrelid::regclass, stxname FROM pg_statistic_ext WHERE stxnamespace = 'swap_test'::regnamespace ORDER BY 1;
+CALL over();
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

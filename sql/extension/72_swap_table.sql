@@ -217,7 +217,9 @@ BEGIN
             CONTINUE;
         END IF;
         used := used || twin.oid;
+        p.owner := s.stxowner;  -- which is not always the table's
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
+        p.owner := twin.stxowner;
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, twin.stxname, s.stxname);
         RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'STATISTICS', s.stxname, 'pg_statistic_ext', s.oid, twin.oid);
     END LOOP;
