@@ -221,6 +221,19 @@ SELECT migrate.rollback('m');
 SELECT stxrelid::regclass, stxname FROM pg_statistic_ext WHERE stxnamespace = 'swap_test'::regnamespace ORDER BY 1;
 CALL over();
 
+-- The grant option alone, of columns.
+CREATE TABLE s (id int PRIMARY KEY, v text, w text);
+CREATE TABLE t (id bigint PRIMARY KEY, v text, w text);
+GRANT SELECT (v), UPDATE (w) ON s TO regress_swap_app WITH GRANT OPTION;
+GRANT SELECT (v), UPDATE ON t TO regress_swap_app;
+CALL ready();
+CREATE TABLE compared AS SELECT * FROM rights('t');
+SELECT migrate.cutover('m');
+SELECT * FROM rights('s');
+SELECT migrate.rollback('m');
+SELECT 'new' AS is, * FROM (SELECT * FROM rights('t') EXCEPT TABLE compared) x UNION ALL SELECT 'gone', * FROM (TABLE compared EXCEPT SELECT * FROM rights('t')) x;
+DROP TABLE compared;
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -306,19 +306,20 @@ BEGIN
             ARRAY[format('REVOKE %s%s ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege), format(' FROM %s CASCADE', g.grantee)]);
     END LOOP;
     FOR g IN SELECT x.privilege_type AS privilege, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END AS grantee, a.attname AS origin, b.attname AS dest,
-                    CASE WHEN bool_or(x.is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS with_option
+                    CASE WHEN bool_or(x.is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS with_option,
+                    EXISTS (SELECT FROM pg_attribute t, aclexplode(t.attacl) y WHERE t.attrelid = p.target AND t.attname = b.attname AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type) AS had
              FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid CROSS JOIN LATERAL aclexplode(a.attacl) x LEFT JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = p.image[a.attnum]
              WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped AND x.grantee <> c.relowner
                AND NOT EXISTS (SELECT FROM pg_attribute t, aclexplode(t.attacl) y WHERE t.attrelid = p.target AND (t.attnum = b.attnum OR b.attnum IS NULL AND t.attname = a.attname)
-                               AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type)
-               AND NOT EXISTS (SELECT FROM pg_class t, aclexplode(t.relacl) y WHERE t.oid = p.target AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type)
+                               AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type AND y.is_grantable >= x.is_grantable)
+               AND NOT EXISTS (SELECT FROM pg_class t, aclexplode(t.relacl) y WHERE t.oid = p.target AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type AND y.is_grantable >= x.is_grantable)
              GROUP BY x.privilege_type, x.grantee, a.attname, b.attname, a.attnum ORDER BY a.attnum, 2, 1 LOOP
         IF g.dest IS NULL THEN
             RETURN NEXT migrate._swap_refused(format('%s of %s on column %I of %s', g.privilege, g.grantee, g.origin, p.source), 'cannot be carried: no column of the target is that column, bare',
                 format('GRANT %1$s (…) ON %2$s TO %3$s; where it is meant, then REVOKE %1$s (%4$I) ON %5$s FROM %3$s;', g.privilege, p.target, g.grantee, g.origin, p.source));
         ELSE
             RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s on column %I is granted to %s', g.privilege, g.dest, g.grantee), p.target, p.owner,
-                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s (%I) ON ', g.privilege, g.dest), format(' FROM %s CASCADE', g.grantee)]);
+                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s%s (%I) ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege, g.dest), format(' FROM %s CASCADE', g.grantee)]);
         END IF;
     END LOOP;
 END $$;
