@@ -182,6 +182,21 @@ DROP SUBSCRIPTION regress_view_sub;
 SELECT migrate.add_view('n', 'users', shape => 'source');
 DROP PUBLICATION regress_view_pub;
 
+-- what is granted under the name meanwhile is the table's when it has it again; what reads the view is named
+REVOKE INSERT ON users FROM regress_view_reader;
+REVOKE UPDATE (bio) ON users FROM regress_view_reader;
+GRANT DELETE ON users TO regress_view_other WITH GRANT OPTION;
+GRANT UPDATE (name) ON users TO regress_view_other;
+CREATE VIEW later AS SELECT name FROM users;
+SELECT migrate.cancel('n');
+\echo :LAST_ERROR_SQLSTATE
+DROP VIEW view_test.later;
+SELECT migrate.cancel('n');
+SELECT relkind FROM pg_class WHERE oid = 'users'::regclass;
+SELECT granted('users');
+SELECT attname, attacl FROM pg_attribute WHERE attrelid = 'users'::regclass AND attacl IS NOT NULL;
+SELECT migrate.drop('n');
+
 -- security_invoker (of PostgreSQL 15): the rights of PUBLIC, and of who has columns alone
 SELECT current_setting('server_version_num')::int >= 150000 AS has_invoker \gset
 \if :has_invoker

@@ -390,9 +390,37 @@ LANGUAGE plpgsql AS $$
 DECLARE
     f migrate._flow := (SELECT x FROM migrate._flow x JOIN migrate._view v ON v.flow = x.id WHERE v.migration = _step_back.migration AND v.view = _step_back.view);
     original text := (SELECT relname FROM pg_class WHERE oid = view);
+    dependents text;
+    hints text := migrate._drop_hints(ARRAY[view::regclass]);
 BEGIN
+    PERFORM migrate._return_grants(f.source, view);
     EXECUTE format('DROP VIEW %s', migrate._relation_name(view));
     EXECUTE format('ALTER TABLE %s RENAME TO %I', migrate._relation_name(f.source), original);
     DELETE FROM migrate._view v WHERE v.migration = _step_back.migration AND v.view = _step_back.view;
     RETURN original;
+EXCEPTION WHEN dependent_objects_still_exist THEN
+    GET STACKED DIAGNOSTICS dependents = PG_EXCEPTION_DETAIL;
+    PERFORM migrate._raise('2BP01', format('view %s cannot give its name back to table %s because other objects depend on it', view::regclass, f.source),
+        dependents || E'\nNothing has changed.', hints || ' Afterwards create it again, over the table.');
+END $$;
+
+-- What is granted and revoked under the name while the view has it is meant for the table.
+CREATE FUNCTION migrate._return_grants(source regclass, view regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    shown record := migrate._view_columns(view, source, (SELECT array_agg(c.attnum) FROM migrate._columns_of(source) c));
+    pairs jsonb := (SELECT jsonb_object_agg(n.name, c.name) FROM unnest(shown.names, shown.nums) AS n(name, num) JOIN migrate._columns_of(source) c ON c.attnum = n.num);
+    g record;
+BEGIN
+    FOR g IN
+        SELECT a.privilege_type, a.grantee, '' AS columns FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = source AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+            AND NOT EXISTS (SELECT FROM pg_class w, aclexplode(w.relacl) b WHERE w.oid = view AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type AND b.is_grantable >= a.is_grantable)
+        UNION ALL
+        SELECT a.privilege_type, a.grantee, format(' (%I)', t.attname) FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid, aclexplode(t.attacl) a, jsonb_each_text(pairs) k(shown, own)
+        WHERE t.attrelid = source AND k.own = t.attname AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE')
+            AND NOT EXISTS (SELECT FROM pg_attribute w, aclexplode(w.attacl) b WHERE w.attrelid = view AND w.attname = k.shown AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type AND b.is_grantable >= a.is_grantable)
+    LOOP
+        EXECUTE format('REVOKE %s%s ON %s FROM %s CASCADE', g.privilege_type, g.columns, migrate._relation_name(source), CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END);
+    END LOOP;
+    PERFORM migrate._copy_grants(view, source, pairs, 'both');
 END $$;
