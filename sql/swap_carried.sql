@@ -234,6 +234,15 @@ SELECT migrate.rollback('m');
 SELECT 'new' AS is, * FROM (SELECT * FROM rights('t') EXCEPT TABLE compared) x UNION ALL SELECT 'gone', * FROM (TABLE compared EXCEPT SELECT * FROM rights('t')) x;
 DROP TABLE compared;
 
+-- A name that has been taken since.
+SELECT migrate.cutover('m');
+CREATE TABLE t (taken int);
+SELECT migrate.rollback('m');
+\echo :LAST_ERROR_SQLSTATE
+DROP TABLE swap_test.t;
+SELECT migrate.rollback('m');
+CALL over();
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;
