@@ -145,6 +145,85 @@ SELECT migrate.add_view('r', 'contact_view');
 \echo :LAST_ERROR_SQLSTATE
 SELECT migrate.drop('r');
 
+-- who inserts through the view needs the sequences of the target's defaults
+ALTER TABLE users DISABLE ROW LEVEL SECURITY;
+CREATE TABLE serials (id bigserial PRIMARY KEY, name text NOT NULL, further serial);
+ALTER TABLE serials OWNER TO regress_view_owner;
+SELECT migrate.define('q', 'users', 'serials', on_target_delete => 'delete');
+SELECT migrate.add_view('q', 'serial_view');  -- (users_id_seq is closed to the reader as well)
+DROP VIEW serial_view;
+SELECT migrate.drop('q');
+GRANT USAGE ON SEQUENCE users_id_seq TO regress_view_reader;
+SELECT migrate.define('q', 'users', 'serials', on_target_delete => 'delete');
+SELECT migrate.add_view('q', 'serial_view');
+\echo :LAST_ERROR_SQLSTATE
+GRANT USAGE ON SEQUENCE view_test.serials_further_seq, serials_id_seq TO regress_view_reader;
+SELECT migrate.add_view('q', 'serial_view');
+REVOKE USAGE ON SEQUENCE serials_id_seq FROM regress_view_reader;
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'target') WHERE m.name = 'q';
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'source') WHERE m.name = 'q';
+SELECT migrate.drop('q');
+DROP VIEW serial_view;
+REVOKE USAGE ON SEQUENCE users_id_seq FROM regress_view_reader;
+
+-- logical replication does not follow a source that steps aside
+SELECT migrate.define('n', 'users', 'profiles', $$ id AS user_id, name AS display_name, bio, created_at $$, on_target_delete => 'delete');
+SET client_min_messages = error;
+CREATE PUBLICATION regress_view_pub FOR TABLE users;
+CREATE SUBSCRIPTION regress_view_sub CONNECTION 'dbname=nowhere' PUBLICATION p WITH (connect = false);
+SET allow_system_table_mods = on;
+INSERT INTO pg_subscription_rel (srsubid, srrelid, srsubstate) SELECT oid, 'users'::regclass, 'r' FROM pg_subscription WHERE subname = 'regress_view_sub';
+RESET allow_system_table_mods;
+SET client_min_messages = warning;
+SELECT migrate.add_view('n', 'users', shape => 'source');
+\echo :LAST_ERROR_SQLSTATE
+ALTER SUBSCRIPTION regress_view_sub SET (slot_name = NONE);
+DROP SUBSCRIPTION regress_view_sub;
+SELECT migrate.add_view('n', 'users', shape => 'source');
+DROP PUBLICATION regress_view_pub;
+
+-- what is granted under the name meanwhile is the table's when it has it again; what reads the view is named
+REVOKE INSERT ON users FROM regress_view_reader;
+REVOKE UPDATE (bio) ON users FROM regress_view_reader;
+GRANT DELETE ON users TO regress_view_other WITH GRANT OPTION;
+GRANT UPDATE (name) ON users TO regress_view_other;
+CREATE VIEW later AS SELECT name FROM users;
+SELECT migrate.cancel('n');
+\echo :LAST_ERROR_SQLSTATE
+DROP VIEW view_test.later;
+SELECT migrate.cancel('n');
+SELECT relkind FROM pg_class WHERE oid = 'users'::regclass;
+SELECT granted('users');
+SELECT attname, attacl FROM pg_attribute WHERE attrelid = 'users'::regclass AND attacl IS NOT NULL;
+SELECT migrate.drop('n');
+
+-- security_invoker (of PostgreSQL 15): the rights of PUBLIC, and of who has columns alone
+SELECT current_setting('server_version_num')::int >= 150000 AS has_invoker \gset
+\if :has_invoker
+CREATE TABLE open (id bigint PRIMARY KEY, v text);
+CREATE TABLE closed (id bigint PRIMARY KEY, v text);
+ALTER TABLE open OWNER TO regress_view_owner;
+ALTER TABLE closed OWNER TO regress_view_owner;
+ALTER TABLE open ENABLE ROW LEVEL SECURITY;
+ALTER TABLE closed ENABLE ROW LEVEL SECURITY;
+GRANT SELECT ON open TO PUBLIC;
+SELECT migrate.define('i', 'open', 'closed', on_target_delete => 'delete');
+SELECT migrate.add_view('i', 'open_view');
+\echo :LAST_ERROR_SQLSTATE
+REVOKE SELECT ON open FROM PUBLIC;
+GRANT SELECT (id, v), INSERT (id) ON open TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+GRANT SELECT (id, v) ON closed TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+GRANT INSERT (id) ON closed TO regress_view_reader;
+SELECT migrate.add_view('i', 'open_view');
+ALTER VIEW open_view SET (security_invoker = on);
+REVOKE SELECT (id, v) ON closed FROM regress_view_reader;
+SELECT problem, hint FROM migrate._migration m, migrate._views_gate(m, 'target') WHERE m.name = 'i';
+SELECT migrate.drop('i');
+DROP VIEW open_view;
+\endif
+
 SET client_min_messages = warning;
 DROP SCHEMA view_test CASCADE;
 DROP ROLE regress_view_owner, regress_view_other, regress_view_reader;

@@ -23,6 +23,20 @@ LANGUAGE sql STABLE AS $$
     WHERE NOT pg_has_role(caller, c.relowner, 'MEMBER')
 $$;
 
+-- What the target's own row security changes for whoever reads the source now.
+CREATE FUNCTION migrate._policies_of_target(source regclass, target regclass) RETURNS TABLE (object text, why text, hint text)
+LANGUAGE sql STABLE AS $$
+    SELECT 'row security of ' || target, format('hides what its policies do not show from everybody but its owner; %s has none', source),
+           format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY; unless it is meant.', target)
+    FROM pg_class a, pg_class b WHERE a.oid = source AND b.oid = target AND b.relrowsecurity AND NOT a.relrowsecurity
+    UNION ALL
+    SELECT format('policy %I of %s', y.polname, target), format('is none of %s: after cutover it %s for %s', source,
+               CASE WHEN y.polpermissive THEN 'lets rows through that the policies there hide,' ELSE 'hides rows,' END, (SELECT string_agg(CASE r WHEN 0 THEN 'PUBLIC' ELSE r::regrole::text END, ', ' ORDER BY r) FROM unnest(y.polroles) r)),
+           format('DROP POLICY %I ON %s; unless it is meant.', y.polname, target)
+    FROM pg_policy y JOIN pg_class a ON a.oid = source AND a.relrowsecurity
+    WHERE y.polrelid = target AND NOT EXISTS (SELECT FROM pg_policy x WHERE x.polrelid = source AND x.polname = y.polname) ORDER BY 1
+$$;
+
 CREATE FUNCTION migrate._check_tables(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     WITH t AS (SELECT t.part, t.relation, c.* FROM migrate._tables(m.id) t JOIN pg_class c ON c.oid = t.relation)
@@ -80,6 +94,8 @@ LANGUAGE sql STABLE AS $$
     CROSS JOIN LATERAL (SELECT string_agg(quote_ident(x.polname), ', ' ORDER BY x.polname) FROM pg_policy x WHERE x.polrelid = a.oid AND NOT EXISTS
         (SELECT FROM pg_policy y WHERE y.polrelid = b.oid AND y.polname = x.polname AND y.polcmd = x.polcmd AND y.polroles = x.polroles)) AS p(missing)
     WHERE f.migration = m.id AND a.relrowsecurity AND (NOT b.relrowsecurity OR p.missing IS NOT NULL)
+    UNION ALL
+    SELECT 'row_security', 'warning', concat_ws(' ', x.object, x.why), x.hint FROM migrate._flow f, LATERAL migrate._policies_of_target(f.source, f.target) x WHERE f.migration = m.id
 $$;
 
 CREATE FUNCTION migrate._check_replication(m migrate._migration) RETURNS SETOF migrate._check
@@ -103,6 +119,10 @@ LANGUAGE sql STABLE AS $$
     WHERE NOT (c.relreplident = 'f'
         OR (c.relreplident = 'i' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid))
         OR (c.relreplident = 'd' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate)))
+    UNION ALL
+    SELECT 'publication', 'warning', format('publication %s is of all tables, those of schema migrate as well: subscribers that have not this extension stop at its first row', quote_ident(p.pubname)),
+           'CREATE EXTENSION migrate_ext; on each subscriber, which does nothing there; or publish tables by name.'
+    FROM pg_publication p WHERE p.puballtables
     UNION ALL
     SELECT 'publication', 'info', format('source %s is in publications that target %s is not in: %s', f.source, f.target, p.names),
            format('ALTER PUBLICATION … ADD TABLE %s; before cutover, where subscribers shall follow.', f.target)

@@ -141,12 +141,37 @@ LANGUAGE sql STABLE AS $$
                      FROM pg_class c, pg_options_to_table(c.reloptions) o WHERE c.oid = view HAVING count(*) > 0), '')
 $$;
 
+-- Sequences that the table's defaults take values from, with the rights of whoever inserts, and whether this role (0: PUBLIC) has none.
+-- (An identity asks for none.)
+CREATE FUNCTION migrate._default_sequences(relation regclass, role oid) RETURNS TABLE (attnum int2, sequence regclass, is_closed boolean)
+LANGUAGE sql STABLE AS $$
+    SELECT e.adnum, c.oid::regclass, CASE c.relkind WHEN 'S' THEN NOT has_sequence_privilege(role, c.oid, 'USAGE, UPDATE') END FROM pg_attrdef e JOIN pg_depend d ON d.classid = 'pg_attrdef'::regclass AND d.objid = e.oid AND d.refclassid = 'pg_class'::regclass
+    JOIN pg_class c ON c.oid = d.refobjid AND c.relkind = 'S' WHERE e.adrelid = relation
+$$;
+
+-- Sequences that an INSERT into the target takes values from where one into the source need not give them, and that a role (0: PUBLIC) may
+-- not use, although it may use the source's.
+CREATE FUNCTION migrate._closed_sequences(flow integer, role oid) RETURNS SETOF regclass
+LANGUAGE sql STABLE AS $$
+    SELECT DISTINCT q.sequence FROM migrate._flow f, LATERAL migrate._default_sequences(f.target, role) q
+    WHERE f.id = flow AND q.is_closed AND NOT EXISTS (SELECT FROM migrate._default_sequences(f.source, role) o WHERE o.is_closed)
+      AND NOT EXISTS (SELECT FROM migrate._expressions(f.id) x JOIN pg_attribute a ON a.attrelid = f.source AND a.attnum = x.origin_attnum AND x.origin_attnum > 0
+                      WHERE x.dest_attnum = q.attnum AND NOT a.atthasdef AND a.attidentity = '')
+$$;
+
+-- Who may insert into all of a relation, or into columns of it, but its owner.
+CREATE FUNCTION migrate._inserters(relation regclass) RETURNS TABLE (role oid)
+LANGUAGE sql STABLE AS $$
+    SELECT a.grantee FROM pg_class c, LATERAL (SELECT c.relacl UNION ALL SELECT t.attacl FROM pg_attribute t WHERE t.attrelid = c.oid) l(acl), aclexplode(l.acl) a
+    WHERE c.oid = relation AND a.privilege_type = 'INSERT' AND a.grantee <> c.relowner GROUP BY 1
+$$;
+
 -- The rights that reading and writing through the view needs on the side it goes to and had on the side it comes from. A view is
--- read with its owner's rights; with security_invoker, with those of everybody it is granted to.
-CREATE FUNCTION migrate._view_rights(v migrate._view, side text) RETURNS TABLE (role regrole, privileges text, relation regclass)
+-- read with its owner's rights; with security_invoker, with those of everybody it, or a column of it, is granted to. Sequences are asked by whoever inserts.
+CREATE FUNCTION migrate._view_rights(v migrate._view, side text) RETURNS TABLE (role text, privileges text, relation regclass)
 LANGUAGE sql STABLE AS $$
     WITH place AS (
-        SELECT c.relowner, c.relacl, coalesce('security_invoker=true' = ANY (c.reloptions), false) AS invoker,
+        SELECT c.relowner, c.relacl, EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o WHERE o.option_name = 'security_invoker' AND o.option_value::boolean) AS invoker,
                CASE side WHEN 'target' THEN f.target ELSE f.source END AS goes_to,
                CASE side WHEN 'target' THEN f.source ELSE f.target END AS comes_from
         FROM migrate._flow f, pg_class c WHERE f.id = v.flow AND c.oid = v.view
@@ -157,18 +182,23 @@ LANGUAGE sql STABLE AS $$
                     ELSE (SELECT p.reads FROM migrate._mapping p WHERE p.flow = v.flow AND p.direction =
                               CASE v.shape WHEN 'target' THEN 'forward' ELSE 'reverse' END) END AS attnums
     ), want AS (
-        SELECT p.relowner AS role, u.privilege FROM place p, used u WHERE NOT p.invoker
+        SELECT p.relowner AS role, u.privilege, '' AS columns FROM place p, used u WHERE NOT p.invoker
         UNION
-        SELECT a.grantee, a.privilege_type FROM place p, aclexplode(coalesce(p.relacl, acldefault('r', p.relowner))) a
-        WHERE p.invoker AND a.grantee <> 0 AND a.privilege_type IN (SELECT u.privilege FROM used u)
+        SELECT a.grantee, a.privilege_type, a.columns
+        FROM place p, LATERAL (SELECT x.*, '' AS columns FROM aclexplode(coalesce(p.relacl, acldefault('r', p.relowner))) x
+                               UNION ALL SELECT x.*, ' (…)' FROM pg_attribute t, aclexplode(t.attacl) x WHERE t.attrelid = v.view) a
+        WHERE p.invoker AND a.privilege_type IN (SELECT u.privilege FROM used u)
     )
-    SELECT w.role::regrole, string_agg(w.privilege, ', ' ORDER BY u.i), p.goes_to
+    SELECT CASE w.role WHEN 0 THEN 'PUBLIC' ELSE w.role::regrole::text END, string_agg(w.privilege || w.columns, ', ' ORDER BY u.i), p.goes_to
     FROM want w JOIN used u USING (privilege), place p, needed n
-    WHERE CASE w.privilege
-          WHEN 'SELECT' THEN EXISTS (SELECT FROM migrate._columns_of(p.goes_to, nullif(n.attnums, '{0}')) c
-                                     WHERE NOT has_column_privilege(w.role, p.goes_to, c.attnum, 'SELECT'))
-          ELSE has_table_privilege(w.role, p.comes_from, w.privilege) AND NOT has_table_privilege(w.role, p.goes_to, w.privilege) END
-    GROUP BY w.role, p.goes_to
+    WHERE CASE WHEN w.columns <> '' THEN has_any_column_privilege(w.role, p.comes_from, w.privilege) AND NOT has_any_column_privilege(w.role, p.goes_to, w.privilege)
+               WHEN w.privilege = 'SELECT' THEN EXISTS (SELECT FROM migrate._columns_of(p.goes_to, nullif(n.attnums, '{0}')) c
+                                                        WHERE NOT has_column_privilege(w.role, p.goes_to, c.attnum, 'SELECT'))
+               ELSE has_table_privilege(w.role, p.comes_from, w.privilege) AND NOT has_table_privilege(w.role, p.goes_to, w.privilege) END
+    GROUP BY w.role, w.columns, p.goes_to
+    UNION ALL
+    SELECT CASE r.role WHEN 0 THEN 'PUBLIC' ELSE r.role::regrole::text END, 'USAGE', q
+    FROM migrate._inserters(v.view) r, LATERAL migrate._closed_sequences(v.flow, r.role) q WHERE v.use = 'both' AND side = 'target'
 $$;
 
 -- Columns of the view that are bare columns of the source which have a default there; the view's own default; and whether the target's

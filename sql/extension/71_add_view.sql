@@ -46,16 +46,20 @@ BEGIN
     END LOOP;
 END $$;
 
--- <stem><suffix>, shortened to 63 bytes, with a number where that is taken, by what has a name of that kind or among `taken`.
+-- <stem><suffix>, with a number where that is taken, by what has a name of that kind or among `taken`. A stem that is too long for 63 bytes
+-- is shortened, and tells by its hash what it was: a table and its indexes often begin alike.
 CREATE FUNCTION migrate._free_name(namespace oid, stem text, suffix text, taken text[]) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
     whole text := stem;
     candidate text;
 BEGIN
-    WHILE octet_length(stem) > 63 - octet_length(suffix || '99') LOOP
-        stem := left(stem, -1);
-    END LOOP;
+    IF octet_length(stem || suffix || '99') > 63 THEN
+        suffix := format('_%s%s', left(md5(whole), 6), suffix);
+        WHILE octet_length(stem || suffix || '99') > 63 LOOP
+            stem := left(stem, -1);
+        END LOOP;
+    END IF;
     FOR i IN 1 .. 99 LOOP
         candidate := stem || suffix || CASE i WHEN 1 THEN '' ELSE i::text END;
         IF candidate <> ALL (taken) AND NOT EXISTS (SELECT FROM pg_class c WHERE c.relnamespace = namespace AND c.relname = candidate)
@@ -156,11 +160,13 @@ LANGUAGE plpgsql AS $$
 DECLARE
     missing record;
 BEGIN
-    SELECT r.*, s.side INTO missing FROM unnest(ARRAY['source', 'target']) AS s(side), migrate._view_rights(v, s.side) r LIMIT 1;
+    SELECT r.*, s.side, CASE c.relkind WHEN 'S' THEN 'sequence' ELSE 'table' END AS what INTO missing
+    FROM unnest(ARRAY['source', 'target']) AS s(side), migrate._view_rights(v, s.side) r JOIN pg_class c ON c.oid = r.relation LIMIT 1;
     IF FOUND THEN
-        PERFORM migrate._raise('42501', format('role %s lacks rights on table %s that view %s needs', missing.role, missing.relation, v.view),
-            format('Missing: %s. When the %s serves, the view reads and writes that table with the rights of this role.', missing.privileges, missing.side),
-            format('GRANT %s ON %s TO %s;', missing.privileges, missing.relation, missing.role));
+        PERFORM migrate._raise('42501', format('role %s lacks rights on %s %s that view %s needs', missing.role, missing.what, missing.relation, v.view),
+            format('Missing: %s. When the %s serves, the view %s with the rights of this role.', missing.privileges, missing.side,
+                   CASE missing.what WHEN 'table' THEN 'reads and writes that table' ELSE 'takes defaults from that sequence' END),
+            format('GRANT %s ON %s%s TO %s;', missing.privileges, CASE missing.what WHEN 'sequence' THEN 'SEQUENCE ' ELSE '' END, missing.relation, missing.role));
     END IF;
 END $$;
 
@@ -282,6 +288,7 @@ BEGIN
     END IF;
     PERFORM migrate._require_create(caller, schema);
     PERFORM migrate._require_create(migrate._table_owner(f.source), schema);
+    PERFORM migrate._check_name_replicated(f.source, m.name);
     FOR d IN SELECT DISTINCT r.ev_class::regclass AS view FROM pg_depend p JOIN pg_rewrite r ON p.classid = 'pg_rewrite'::regclass AND r.oid = p.objid
              WHERE p.refclassid = 'pg_class'::regclass AND p.refobjid = f.source AND r.ev_class NOT IN (SELECT q.view FROM migrate._mapping q) ORDER BY 1 LOOP
         RAISE NOTICE 'view % reads table % itself and goes on doing so after cutover', d.view, f.source
@@ -292,6 +299,22 @@ BEGIN
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
     PERFORM migrate._event(m, caller, 'view', format('view %I.%I took the name of the source, which is now %s', schema, relation, f.source));
     RETURN format('%s -> %s, view %I.%I over %s, the former %s', m.phase, m.phase, schema, relation, done.result, relation);
+END $$;
+
+-- Logical replication knows tables by their names, and no views: it does not follow a source that steps aside for one.
+CREATE FUNCTION migrate._check_name_replicated(source regclass, migration text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    r record;
+BEGIN
+    FOR r IN SELECT DISTINCT u.subname FROM pg_subscription_rel s JOIN pg_subscription u ON u.oid = s.srsubid WHERE s.srrelid IN (SELECT t FROM migrate._partition_tree(source) t) LOOP
+        PERFORM migrate._raise('55000', format('table %s cannot step aside for a view', source), format('Subscription %I writes it by its name, and would stop at a view.', r.subname),
+            format('SELECT migrate.add_view(%L, ''…''); makes a view of shape target, under another name.', migration));
+    END LOOP;
+    FOR r IN SELECT DISTINCT b.pubname FROM pg_publication_tables b JOIN pg_namespace n ON n.nspname = b.schemaname JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = b.tablename WHERE c.oid = source ORDER BY 1 LOOP
+        RAISE WARNING 'publication % publishes table %: under its new name subscribers do not know it, and stop', quote_ident(r.pubname), source
+            USING HINT = 'Rename it on the subscribers, too; or leave it, and let applications use a view of shape target.';
+    END LOOP;
 END $$;
 
 -- Renames the source and creates the view in its place, in one attempt. Returns the new name.
@@ -367,9 +390,37 @@ LANGUAGE plpgsql AS $$
 DECLARE
     f migrate._flow := (SELECT x FROM migrate._flow x JOIN migrate._view v ON v.flow = x.id WHERE v.migration = _step_back.migration AND v.view = _step_back.view);
     original text := (SELECT relname FROM pg_class WHERE oid = view);
+    dependents text;
+    hints text := migrate._drop_hints(ARRAY[view::regclass]);
 BEGIN
+    PERFORM migrate._return_grants(f.source, view);
     EXECUTE format('DROP VIEW %s', migrate._relation_name(view));
     EXECUTE format('ALTER TABLE %s RENAME TO %I', migrate._relation_name(f.source), original);
     DELETE FROM migrate._view v WHERE v.migration = _step_back.migration AND v.view = _step_back.view;
     RETURN original;
+EXCEPTION WHEN dependent_objects_still_exist THEN
+    GET STACKED DIAGNOSTICS dependents = PG_EXCEPTION_DETAIL;
+    PERFORM migrate._raise('2BP01', format('view %s cannot give its name back to table %s because other objects depend on it', view::regclass, f.source),
+        dependents || E'\nNothing has changed.', hints || ' Afterwards create it again, over the table.');
+END $$;
+
+-- What is granted and revoked under the name while the view has it is meant for the table.
+CREATE FUNCTION migrate._return_grants(source regclass, view regclass) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    shown record := migrate._view_columns(view, source, (SELECT array_agg(c.attnum) FROM migrate._columns_of(source) c));
+    pairs jsonb := (SELECT jsonb_object_agg(n.name, c.name) FROM unnest(shown.names, shown.nums) AS n(name, num) JOIN migrate._columns_of(source) c ON c.attnum = n.num);
+    g record;
+BEGIN
+    FOR g IN
+        SELECT a.privilege_type, a.grantee, '' AS columns FROM pg_class c, aclexplode(c.relacl) a WHERE c.oid = source AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE', 'DELETE')
+            AND NOT EXISTS (SELECT FROM pg_class w, aclexplode(w.relacl) b WHERE w.oid = view AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type AND b.is_grantable >= a.is_grantable)
+        UNION ALL
+        SELECT a.privilege_type, a.grantee, format(' (%I)', t.attname) FROM pg_attribute t JOIN pg_class c ON c.oid = t.attrelid, aclexplode(t.attacl) a, jsonb_each_text(pairs) k(shown, own)
+        WHERE t.attrelid = source AND k.own = t.attname AND a.grantee <> c.relowner AND a.privilege_type IN ('SELECT', 'INSERT', 'UPDATE')
+            AND NOT EXISTS (SELECT FROM pg_attribute w, aclexplode(w.attacl) b WHERE w.attrelid = view AND w.attname = k.shown AND b.grantee = a.grantee AND b.privilege_type = a.privilege_type AND b.is_grantable >= a.is_grantable)
+    LOOP
+        EXECUTE format('REVOKE %s%s ON %s FROM %s CASCADE', g.privilege_type, g.columns, migrate._relation_name(source), CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END);
+    END LOOP;
+    PERFORM migrate._copy_grants(view, source, pairs, 'both');
 END $$;

@@ -89,3 +89,25 @@ BEGIN RETURN QUERY
            t.value
     FROM stepped t ORDER BY t.sequence::oid;
 END $$;
+
+-- A sequence that cannot go on past all values, and what helps. One that a swap has let count further goes back to its type, but not from
+-- beyond what that holds. A value that the type does not hold is no row's there: only a sequence has been that far.
+CREATE FUNCTION migrate._sequence_gate(m_id integer, side text, OUT problem text, OUT hint text)
+LANGUAGE plpgsql AS $$
+BEGIN
+    WITH links AS MATERIALIZED (SELECT * FROM migrate._sequences(m_id)), swapped AS MATERIALIZED (
+        SELECT x.relation, substring(x.inverse[2] from 5) AS type FROM migrate._swapped x JOIN pg_class c ON c.oid = x.relation AND c.relkind = 'S'
+        WHERE side = 'source' AND x.migration = m_id AND x.inverse[2] ~ '^ AS (smallint|integer)$'
+    )
+    SELECT format('sequence %s ends before %s', s.sequence, s.value),
+           CASE WHEN abs(s.value) < z.size - 1 THEN format('ALTER SEQUENCE %s NO MAXVALUE;', s.sequence)
+                ELSE coalesce((SELECT format('Where no row has such a value any more: SELECT setval(%L, (SELECT max(%I) FROM %s));', k.sequence, a.attname, l.relation)
+                               FROM links l JOIN links k USING (relation, attnum) JOIN pg_attribute a ON a.attrelid = l.relation AND a.attnum = l.attnum
+                               WHERE l.sequence = s.sequence AND migrate._last_value(k.sequence) = s.value ORDER BY l.relation, k.sequence LIMIT 1),
+                              format('ALTER SEQUENCE %s AS bigint;', s.sequence)) END INTO problem, hint
+    FROM (SELECT t.sequence, t.beyond AS value, q.seqtypid AS type, true AS ends FROM migrate._sequence_targets(m_id) t JOIN pg_sequence q ON q.seqrelid = t.sequence WHERE t.beyond IS NOT NULL
+          UNION ALL
+          SELECT x.relation, migrate._last_value(x.relation), x.type::regtype, false FROM swapped x) s
+    JOIN LATERAL (SELECT trunc(2::numeric ^ (8 * y.typlen - 1)) AS size FROM pg_type y WHERE y.oid = s.type) z ON true
+    WHERE s.ends OR abs(s.value) >= z.size - 1 LIMIT 1;
+END $$;

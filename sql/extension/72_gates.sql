@@ -67,8 +67,7 @@ BEGIN
         WHEN 'swap' THEN
             SELECT r.problem, r.hint INTO problem, hint FROM migrate._swap_gate(m, caller, side) r;
         WHEN 'sequences' THEN
-            SELECT format('sequence %s ends before %s', s.sequence, s.beyond), format('ALTER SEQUENCE %s NO MAXVALUE;', s.sequence) INTO problem, hint
-            FROM migrate._sequence_targets(m.id) s WHERE s.beyond IS NOT NULL LIMIT 1;
+            SELECT r.problem, r.hint INTO problem, hint FROM migrate._sequence_gate(m.id, side) r;
         END CASE;
         RETURN NEXT;
     END LOOP;

@@ -26,6 +26,17 @@ LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(0, 'note', object, object || ' ' || why,
 CREATE FUNCTION migrate._swap_warning(object text, why text, hint text) RETURNS migrate._swap_step
 LANGUAGE sql IMMUTABLE AS $$ SELECT ROW(0, 'warning', object, object || ' ' || why, NULL, NULL, ARRAY[hint], NULL, false)::migrate._swap_step $$;
 
+-- The comment on a thing of the source (an index, a trigger …), for what has its name after the switch and has none; dest: that, where it is
+-- there already.
+CREATE FUNCTION migrate._swap_comment(p migrate._swap_pair, what text, name text, class regclass, origin oid, dest oid, rank integer DEFAULT 8) RETURNS SETOF migrate._swap_step
+LANGUAGE sql STABLE AS $$
+    SELECT s.* FROM pg_description d, LATERAL (SELECT what IN ('CONSTRAINT', 'TRIGGER', 'POLICY') AS is_part) k,
+        LATERAL (SELECT CASE WHEN k.is_part THEN format('COMMENT ON %s %I ON ', what, name) ELSE format('COMMENT ON %s %I.%I', what, p.schema, name) END AS head) c,
+        LATERAL migrate._swap_step(rank, 'step', 'comment', format('the comment of %s %I is carried', lower(what), name), CASE WHEN k.is_part THEN p.target END, p.owner,
+            ARRAY[c.head, format(' IS %L', d.description)], CASE WHEN dest IS NOT NULL THEN ARRAY[c.head, ' IS NULL'] END) s
+    WHERE d.classoid = class AND d.objoid = origin AND d.objsubid = 0 AND NOT EXISTS (SELECT FROM pg_description e WHERE e.classoid = class AND e.objoid = dest AND e.objsubid = 0)
+$$;
+
 CREATE FUNCTION migrate._swap_is_done(kind text) RETURNS boolean
 LANGUAGE sql IMMUTABLE AS $$ SELECT kind NOT IN ('note', 'warning', 'refused') $$;
 
@@ -128,6 +139,7 @@ BEGIN
     RETURN QUERY SELECT * FROM migrate._swap_storage(p);
     RETURN QUERY SELECT * FROM migrate._swap_comments(p);
     RETURN QUERY SELECT * FROM migrate._swap_grants(p);
+    RETURN QUERY SELECT * FROM migrate._swap_sequence_grants(p);
     RETURN QUERY SELECT * FROM migrate._swap_outgoing_keys(m, p);
     RETURN QUERY SELECT * FROM migrate._swap_incoming_keys(m, p);
     RETURN QUERY SELECT * FROM migrate._swap_policies(p);

@@ -50,6 +50,7 @@ BEGIN
         ELSIF twin IS NOT NULL AND NOT EXISTS (SELECT FROM pg_constraint c WHERE c.conrelid = p.target AND (c.conname = k.conname OR c.conname = twin AND c.confrelid = other.source)) THEN
             -- (One that references the source of another flow is on its way to that one's target, by its own name.)
             RETURN NEXT migrate._swap_rename_constraint(p, twin, k.conname);
+            RETURN QUERY SELECT x.* FROM pg_constraint c, LATERAL migrate._swap_comment(p, 'CONSTRAINT', k.conname, 'pg_constraint', k.oid, c.oid) x WHERE c.conrelid = p.target AND c.conname = twin;
         ELSIF twin IS NOT NULL THEN
             CONTINUE;
         ELSIF k.confrelid = p.target THEN
@@ -66,6 +67,7 @@ BEGIN
                 ARRAY['ALTER TABLE ', format(' ADD CONSTRAINT %I FOREIGN KEY (%s) REFERENCES %s%s%s NOT VALID', k.conname, migrate._column_list(p.target, image), migrate._relation_name(k.confrelid),
                       CASE WHEN other.source IS NULL THEN t.referenced ELSE '(' || migrate._column_list(other.target, migrate._swap_image(other, k.confkey)) || ')' END, t.rest)],
                 ARRAY['ALTER TABLE ', format(' DROP CONSTRAINT %I', k.conname)], migrate._swap_is_valid(k));
+            RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'CONSTRAINT', k.conname, 'pg_constraint', k.oid, NULL, 10);
         END IF;
     END LOOP;
 END $$;

@@ -41,12 +41,14 @@ BEGIN
         ELSE
             RETURN NEXT migrate._swap_step(12, 'step', 'policy ' || quote_ident(q.polname), format('policy %I is made on the new table', q.polname), p.target, p.owner,
                 ARRAY[format('CREATE POLICY %I ON ', q.polname), migrate._swap_policy_text(q.ours, p.source)], ARRAY[format('DROP POLICY %I ON ', q.polname), '']);
+            RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'POLICY', q.polname, 'pg_policy', (q.ours).oid, NULL, 12);
         END IF;
     END LOOP;
     IF (SELECT a.relrowsecurity AND NOT b.relrowsecurity FROM pg_class a, pg_class b WHERE a.oid = p.source AND b.oid = p.target) THEN
         RETURN NEXT migrate._swap_step(12, 'step', 'row security', 'row-level security is enabled on the new table', p.target, p.owner,
             ARRAY['ALTER TABLE ', ' ENABLE ROW LEVEL SECURITY'], ARRAY['ALTER TABLE ', ' DISABLE ROW LEVEL SECURITY']);
     END IF;
+    RETURN QUERY SELECT w.* FROM migrate._policies_of_target(p.source, p.target) x, LATERAL migrate._swap_warning(x.object, x.why, x.hint) w;
 END $$;
 
 -- ALTER TABLE … ENABLE [ALWAYS] TRIGGER, as it is now.
@@ -79,6 +81,7 @@ BEGIN
         ELSIF g.twin IS NULL THEN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I is made on the new table', g.tgname), p.target, p.owner,
                 ARRAY[pg_get_triggerdef(g.oid)], ARRAY[format('DROP TRIGGER %I ON ', g.tgname), '']);
+            RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'TRIGGER', g.tgname, 'pg_trigger', g.oid, NULL, 13);
         END IF;
         IF g.tgenabled <> coalesce(g.twin_enabled, 'O') AND coalesce(g.twin_enabled, 'D') = 'D' THEN
             RETURN NEXT migrate._swap_step(13, 'step', g.object, format('trigger %I of the new table fires as the source''s does', g.tgname), p.target, p.owner,
@@ -222,6 +225,15 @@ BEGIN
               AND NOT (d.classid = 'pg_class'::regclass AND c.relispartition AND EXISTS (SELECT FROM pg_partition_tree(p.source) x WHERE x.relid = c.oid))
               AND NOT (d.classid = 'pg_policy'::regclass AND EXISTS (SELECT FROM pg_policy q WHERE q.oid = d.objid AND q.polrelid = p.source)) ORDER BY 1) o,
         LATERAL migrate._swap_refused(o.object, format('depends on %s and cannot be carried', p.source), 'Drop it, and create it again after cutover.') y;
+    -- (Its worker looks for the name, and skips in silence what comes for a table that the subscription does not know.)
+    RETURN QUERY SELECT y.* FROM (SELECT DISTINCT u.subname FROM pg_subscription_rel r JOIN pg_subscription u ON u.oid = r.srsubid WHERE r.srrelid IN (SELECT x.relid FROM pg_partition_tree(p.source) x UNION SELECT p.source)) o,
+        LATERAL migrate._swap_refused('subscription ' || quote_ident(o.subname), format('writes %s by its name: what it brings after cutover would be lost', p.source),
+            format('Switch by a view of shape target; or let the application stop there, ALTER SUBSCRIPTION %I DISABLE; cut over, and make the subscription anew.', o.subname)) y;
+    RETURN QUERY SELECT y.* FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace JOIN pg_publication_tables b ON b.schemaname = n.nspname AND b.tablename = c.relname JOIN pg_publication u ON u.pubname = b.pubname,
+        LATERAL (SELECT format('%I.%I', p.schema, migrate._aside_name(p.source, '_old')) AS aside) a,
+        LATERAL migrate._swap_warning('publication ' || quote_ident(u.pubname), format('publishes all tables by their present names: after cutover subscribers stop where they have no table %s', a.aside),
+            format('CREATE TABLE %s (LIKE %s INCLUDING ALL); on the subscribers, then ALTER SUBSCRIPTION … REFRESH PUBLICATION; there after cutover.', a.aside, p.source)) y
+    WHERE c.oid = p.source AND NOT EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = u.oid AND r.prrelid = p.source);
     RETURN QUERY SELECT y.* FROM (SELECT DISTINCT l.provider FROM pg_seclabel l WHERE l.classoid = 'pg_class'::regclass AND l.objoid = p.source) o,
         LATERAL migrate._swap_refused(format('security label of %s (%s)', p.source, o.provider), 'cannot be carried', format('SECURITY LABEL FOR %I ON TABLE %s IS …; then SECURITY LABEL FOR %1$I ON TABLE %s IS NULL;', o.provider, p.target, p.source)) y;
 END $$;

@@ -215,6 +215,9 @@ BEGIN
         did := migrate._swap_undo(steps, false);
     EXCEPTION WHEN undefined_object OR undefined_table OR undefined_column THEN
         did := migrate._swap_undo(steps, true);  -- once more, each in a subtransaction of its own: nobody else is to look through so many
+    WHEN duplicate_table OR duplicate_object THEN
+        PERFORM migrate._raise(SQLSTATE, format('the swap of migration "%s" cannot be undone: %s', m.name, SQLERRM), 'That name is the migration''s own: it is to be given back.',
+            'Rename or drop what has taken it since the cutover, then call this again.');
     END;
     DELETE FROM migrate._deferred d USING migrate._flow f WHERE f.id = d.flow AND f.migration = m.id AND d.relation IS NOT NULL;
     PERFORM migrate._swap_validates(m);

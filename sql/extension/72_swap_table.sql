@@ -88,6 +88,7 @@ BEGIN
               name, migrate._swap_counting(s, a.atttypid))],
         ARRAY['ALTER TABLE ', format(' ALTER %I DROP IDENTITY', dest)])).*
     FROM pg_sequence s, pg_attribute a WHERE s.seqrelid = sequence AND a.attrelid = p.target AND a.attname = dest;
+    RETURN QUERY SELECT x.* FROM pg_class c, LATERAL migrate._swap_comment(p, 'SEQUENCE', c.relname, 'pg_class', c.oid, NULL) x WHERE c.oid = sequence;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(sequence, NULL) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || sequence, format('%s on sequence %s is granted to %s', g.privilege, sequence, g.grantee), NULL, p.owner,
             ARRAY[format('GRANT %s ON SEQUENCE %s TO %s%s', g.privilege, name, g.grantee, g.with_option)], NULL);
@@ -102,9 +103,10 @@ DECLARE
 BEGIN
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, origin, aside);
     RETURN NEXT migrate._swap_rename(2, 'SEQUENCE', p, dest, (SELECT c.relname::text FROM pg_class c WHERE c.oid = origin));
+    RETURN QUERY SELECT x.* FROM pg_class c, LATERAL migrate._swap_comment(p, 'SEQUENCE', c.relname, 'pg_class', origin, dest) x WHERE c.oid = origin;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(origin, dest) LOOP
         RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || dest, format('%s on sequence %s is granted to %s', g.privilege, dest, g.grantee), dest, p.owner,
-            ARRAY[format('GRANT %s ON SEQUENCE ', g.privilege), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s ON SEQUENCE ', g.privilege), ' FROM ' || g.grantee]);
+            ARRAY[format('GRANT %s ON SEQUENCE ', g.privilege), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s ON SEQUENCE ', g.privilege), format(' FROM %s CASCADE', g.grantee)]);
     END LOOP;
 END $$;
 
@@ -123,6 +125,22 @@ LANGUAGE sql STABLE AS $$
         ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, name, becomes)], ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, becomes, name)])
 $$;
 
+-- Whether two indexes over the same columns serve the same statements: as to when and for what a key is unique, what it excludes, and
+-- how each column is compared (by the same family of operators, or by what is the default for its type, which may be another one).
+CREATE FUNCTION migrate._swap_same_index(ours pg_index, theirs pg_index) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT (ours.indisunique, ours.indimmediate, ours.indisexclusion) = (theirs.indisunique, theirs.indimmediate, theirs.indisexclusion)
+       AND to_jsonb(ours) -> 'indnullsnotdistinct' IS NOT DISTINCT FROM to_jsonb(theirs) -> 'indnullsnotdistinct'
+       AND ours.indoption::int2[] = theirs.indoption::int2[] AND ours.indnkeyatts = theirs.indnkeyatts AND ours.indcollation::oid[] = theirs.indcollation::oid[]
+       AND NOT EXISTS (SELECT FROM generate_series(0, ours.indnkeyatts - 1) n JOIN pg_opclass a ON a.oid = ours.indclass[n] JOIN pg_opclass b ON b.oid = theirs.indclass[n]
+                       WHERE a.opcfamily <> b.opcfamily AND NOT (a.opcdefault AND b.opcdefault))
+       AND (SELECT array_agg(o.oprname ORDER BY u.i) FROM pg_constraint k, unnest(k.conexclop) WITH ORDINALITY AS u(operator, i) JOIN pg_operator o ON o.oid = u.operator WHERE k.conindid = ours.indexrelid AND k.contype = 'x')
+           IS NOT DISTINCT FROM
+           (SELECT array_agg(o.oprname ORDER BY u.i) FROM pg_constraint k, unnest(k.conexclop) WITH ORDINALITY AS u(operator, i) JOIN pg_operator o ON o.oid = u.operator WHERE k.conindid = theirs.indexrelid AND k.contype = 'x')
+       AND pg_get_expr(ours.indpred, ours.indrelid) IS NOT DISTINCT FROM pg_get_expr(theirs.indpred, theirs.indrelid)
+       AND pg_get_expr(ours.indexprs, ours.indrelid) IS NOT DISTINCT FROM pg_get_expr(theirs.indexprs, theirs.indrelid)
+$$;
+
 -- Indexes of the target over the same columns, in the same way, take the names of the source's, and constraints that stand on them.
 CREATE FUNCTION migrate._swap_indexes(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
@@ -132,13 +150,10 @@ DECLARE
     used oid[] := '{}';
     taken text[] := '{}';
 BEGIN
-    FOR i IN SELECT x.*, c.relname::text AS name, c.relam, migrate._swap_image(p, x.indkey::int2[]) AS image FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid
+    FOR i IN SELECT x.*, x AS whole, c.relname::text AS name, c.relam, migrate._swap_image(p, x.indkey::int2[]) AS image FROM pg_index x JOIN pg_class c ON c.oid = x.indexrelid
              WHERE x.indrelid = p.source ORDER BY x.indisprimary DESC, c.relname LOOP
         SELECT y.indexrelid, c.relname::text AS name INTO twin FROM pg_index y JOIN pg_class c ON c.oid = y.indexrelid
-        WHERE y.indrelid = p.target AND y.indexrelid <> ALL (used) AND y.indkey[0:y.indnatts - 1]::int2[] = i.image AND y.indnkeyatts = i.indnkeyatts AND y.indisunique = i.indisunique
-          AND c.relam = i.relam AND y.indoption::int2[] = i.indoption::int2[] AND y.indisvalid
-          AND pg_get_expr(y.indpred, y.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indpred, i.indrelid)
-          AND pg_get_expr(y.indexprs, y.indrelid) IS NOT DISTINCT FROM pg_get_expr(i.indexprs, i.indrelid)
+        WHERE y.indrelid = p.target AND y.indexrelid <> ALL (used) AND y.indkey[0:y.indnatts - 1]::int2[] = i.image AND c.relam = i.relam AND y.indisvalid AND migrate._swap_same_index(i.whole, y)
         ORDER BY y.indisprimary = i.indisprimary DESC, y.indexrelid LIMIT 1;
         IF NOT FOUND THEN
             RETURN NEXT migrate._swap_note('index ' || quote_ident(i.name), 'stays with the old table: the target has none like it');
@@ -148,10 +163,17 @@ BEGIN
         taken := taken || migrate._aside_name(i.indexrelid, '_old', taken);
         RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, i.name, taken[cardinality(taken)]);
         RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, twin.name, i.name);
+        IF i.indisclustered AND NOT EXISTS (SELECT FROM pg_index y WHERE y.indrelid = p.target AND y.indisclustered) THEN
+            RETURN NEXT migrate._swap_step(7, 'step', 'index ' || quote_ident(i.name), format('CLUSTER goes by index %I', i.name), p.target, p.owner,
+                ARRAY['ALTER TABLE ', format(' CLUSTER ON %I', i.name)], ARRAY['ALTER TABLE ', ' SET WITHOUT CLUSTER']);
+        END IF;
+        RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'INDEX', i.name, 'pg_class', i.indexrelid, twin.indexrelid);
+        RETURN QUERY SELECT c.* FROM pg_constraint a JOIN pg_constraint b ON b.conindid = twin.indexrelid AND b.conrelid = p.target AND b.contype = a.contype,
+            LATERAL migrate._swap_comment(p, 'CONSTRAINT', i.name, 'pg_constraint', a.oid, b.oid) c WHERE a.conindid = i.indexrelid AND a.conrelid = p.source AND a.contype <> 'f';
     END LOOP;
 END $$;
 
--- Checks that say the same are called the same.
+-- Checks that say the same are called the same. (NOT NULL has a name since PostgreSQL 18, which nobody asks for.)
 CREATE FUNCTION migrate._swap_checks(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -159,7 +181,10 @@ DECLARE
     twin name;
     used name[] := ARRAY(SELECT k.conname FROM pg_constraint k JOIN pg_constraint o ON o.conname = k.conname AND o.conrelid = p.source WHERE k.conrelid = p.target);
 BEGIN
-    FOR c IN SELECT k.conname, pg_get_expr(k.conbin, k.conrelid) AS says FROM pg_constraint k WHERE k.conrelid = p.source AND k.contype = 'c' ORDER BY k.conname LOOP
+    RETURN QUERY SELECT y.* FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin AND a.attnotnull
+        JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = u.dest AND NOT b.attnotnull,
+        LATERAL migrate._swap_note(format('NOT NULL of column %I', a.attname), 'stays with the old table: the new one''s column may be NULL, which is not carried back') y ORDER BY a.attnum;
+    FOR c IN SELECT k.oid, k.conname, pg_get_expr(k.conbin, k.conrelid) AS says FROM pg_constraint k WHERE k.conrelid = p.source AND k.contype = 'c' ORDER BY k.conname LOOP
         CONTINUE WHEN c.conname = ANY (used);
         twin := (SELECT min(k.conname::text) FROM pg_constraint k WHERE k.conrelid = p.target AND k.contype = 'c' AND k.conname <> ALL (used) AND k.conislocal AND k.coninhcount = 0
                  AND pg_get_expr(k.conbin, k.conrelid) = c.says);
@@ -169,6 +194,7 @@ BEGIN
         END IF;
         used := used || twin;
         RETURN NEXT migrate._swap_rename_constraint(p, twin, c.conname);
+        RETURN QUERY SELECT x.* FROM pg_constraint k, LATERAL migrate._swap_comment(p, 'CONSTRAINT', c.conname, 'pg_constraint', c.oid, k.oid) x WHERE k.conrelid = p.target AND k.conname = twin;
     END LOOP;
 END $$;
 
@@ -194,12 +220,15 @@ BEGIN
             CONTINUE;
         END IF;
         used := used || twin.oid;
+        p.owner := s.stxowner;  -- which is not always the table's
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
+        p.owner := twin.stxowner;
         RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, twin.stxname, s.stxname);
+        RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'STATISTICS', s.stxname, 'pg_statistic_ext', s.oid, twin.oid);
     END LOOP;
 END $$;
 
--- Storage parameters that the target does not have for itself, and the replica identity.
+-- Settings of columns (for ANALYZE) and storage parameters that the target does not have for itself, and the replica identity.
 CREATE FUNCTION migrate._swap_storage(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -215,6 +244,15 @@ BEGIN
           UNION ALL
           SELECT 'toast.' || o.option_name, o.option_value FROM pg_class a, pg_class b, pg_options_to_table(a.reloptions) o
           WHERE a.oid = s.reltoastrelid AND b.oid = t.reltoastrelid AND o.option_name NOT IN (SELECT x.option_name FROM pg_options_to_table(b.reloptions) x)) o;
+    RETURN QUERY SELECT (migrate._swap_step(7, 'step', 'column ' || quote_ident(o.name), format('column %I: %s is set', o.name, o.setting), p.target, p.owner,
+        ARRAY['ALTER TABLE ', format(' ALTER %I %s', o.name, o.there)], ARRAY['ALTER TABLE ', format(' ALTER %I %s', o.name, o.back)])).*
+    FROM (SELECT b.attname AS name, x.* FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin
+          JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = u.dest, LATERAL (
+              SELECT 'statistics target ' || a.attstattarget AS setting, 'SET STATISTICS ' || a.attstattarget AS there, 'SET STATISTICS -1' AS back
+              WHERE nullif(a.attstattarget, -1) IS NOT NULL AND nullif(b.attstattarget, -1) IS NULL
+              UNION ALL
+              SELECT format('%s = %s', w.option_name, w.option_value), format('SET (%s = %L)', w.option_name, w.option_value), format('RESET (%s)', w.option_name) FROM pg_options_to_table(a.attoptions) w
+              WHERE t.relkind = 'r' AND w.option_name LIKE 'n_distinct%' AND w.option_name NOT IN (SELECT y.option_name FROM pg_options_to_table(b.attoptions) y)) x ORDER BY b.attnum) o;
     IF t.relreplident <> 'd' OR s.relreplident = 'd' THEN
         RETURN;
     ELSIF t.relkind = 'p' THEN
@@ -257,7 +295,7 @@ LANGUAGE sql STABLE AS $$
     GROUP BY a.privilege_type, a.grantee ORDER BY 2, 1
 $$;
 
--- (Where the target has a right without its grant option, rollback takes the option alone.)
+-- (Where the target has a right without its grant option, rollback takes the option alone. What was granted by it meanwhile goes with it.)
 CREATE FUNCTION migrate._swap_grants(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -268,22 +306,36 @@ BEGIN
              FROM migrate._swap_missing_grants(p.source, p.target) x LOOP
         RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s is granted to %s', g.privilege, g.grantee), p.target, p.owner,
             ARRAY[format('GRANT %s ON ', g.privilege), ' TO ' || g.grantee || g.with_option],
-            ARRAY[format('REVOKE %s%s ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege), format(' FROM %s', g.grantee)]);
+            ARRAY[format('REVOKE %s%s ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege), format(' FROM %s CASCADE', g.grantee)]);
     END LOOP;
     FOR g IN SELECT x.privilege_type AS privilege, CASE x.grantee WHEN 0 THEN 'PUBLIC' ELSE x.grantee::regrole::text END AS grantee, a.attname AS origin, b.attname AS dest,
-                    CASE WHEN bool_or(x.is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS with_option
+                    CASE WHEN bool_or(x.is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS with_option,
+                    EXISTS (SELECT FROM pg_attribute t, aclexplode(t.attacl) y WHERE t.attrelid = p.target AND t.attname = b.attname AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type) AS had
              FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid CROSS JOIN LATERAL aclexplode(a.attacl) x LEFT JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = p.image[a.attnum]
              WHERE a.attrelid = p.source AND a.attnum > 0 AND NOT a.attisdropped AND x.grantee <> c.relowner
                AND NOT EXISTS (SELECT FROM pg_attribute t, aclexplode(t.attacl) y WHERE t.attrelid = p.target AND (t.attnum = b.attnum OR b.attnum IS NULL AND t.attname = a.attname)
-                               AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type)
-               AND NOT EXISTS (SELECT FROM pg_class t, aclexplode(t.relacl) y WHERE t.oid = p.target AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type)
+                               AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type AND y.is_grantable >= x.is_grantable)
+               AND NOT EXISTS (SELECT FROM pg_class t, aclexplode(t.relacl) y WHERE t.oid = p.target AND y.grantee = x.grantee AND y.privilege_type = x.privilege_type AND y.is_grantable >= x.is_grantable)
              GROUP BY x.privilege_type, x.grantee, a.attname, b.attname, a.attnum ORDER BY a.attnum, 2, 1 LOOP
         IF g.dest IS NULL THEN
             RETURN NEXT migrate._swap_refused(format('%s of %s on column %I of %s', g.privilege, g.grantee, g.origin, p.source), 'cannot be carried: no column of the target is that column, bare',
                 format('GRANT %1$s (…) ON %2$s TO %3$s; where it is meant, then REVOKE %1$s (%4$I) ON %5$s FROM %3$s;', g.privilege, p.target, g.grantee, g.origin, p.source));
         ELSE
             RETURN NEXT migrate._swap_step(9, 'step', 'grants', format('%s on column %I is granted to %s', g.privilege, g.dest, g.grantee), p.target, p.owner,
-                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s (%I) ON ', g.privilege, g.dest), ' FROM ' || g.grantee]);
+                ARRAY[format('GRANT %s (%I) ON ', g.privilege, g.dest), ' TO ' || g.grantee || g.with_option], ARRAY[format('REVOKE %s%s (%I) ON ', CASE WHEN g.had THEN 'GRANT OPTION FOR ' ELSE '' END, g.privilege, g.dest), format(' FROM %s CASCADE', g.grantee)]);
         END IF;
     END LOOP;
 END $$;
+
+-- What the new table alone takes from a sequence (a further serial column, a serial in place of an identity) must not fail whoever inserts.
+CREATE FUNCTION migrate._swap_sequence_grants(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
+LANGUAGE sql STABLE AS $$
+    SELECT s.* FROM (SELECT q, migrate._table_owner(q) AS owner, CASE i.role WHEN 0 THEN 'PUBLIC' ELSE i.role::regrole::text END AS grantee
+                     FROM migrate._inserters(p.source) i, LATERAL migrate._closed_sequences(p.flow, i.role) q) g,
+        LATERAL migrate._swap_step(9, 'step', 'sequence ' || g.q, format('USAGE on sequence %s is granted to %s, who may insert', g.q, g.grantee), g.q, g.owner,
+            ARRAY['GRANT USAGE ON SEQUENCE ', ' TO ' || g.grantee], ARRAY['REVOKE USAGE ON SEQUENCE ', format(' FROM %s CASCADE', g.grantee)]) s
+    -- (Where either column has a sequence of its own, the grants are carried from the one to the other.)
+    WHERE NOT EXISTS (SELECT FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin AND a.attidentity = ''
+                      WHERE migrate._owned_sequence(p.target, u.dest) = g.q AND migrate._owned_sequence(p.source, a.attnum) IS NOT NULL)
+    ORDER BY g.q::text, g.grantee
+$$;
