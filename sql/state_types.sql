@@ -122,6 +122,23 @@ SELECT migrate.drop('settings');
 DROP TABLE s, t;
 DROP OWNED BY types_writer; DROP ROLE types_writer;
 
+-- constants of a key that were given in such a session mean the same to all others
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (day date, f float8, i interval, at timestamptz, id int, v text, PRIMARY KEY (day, f, i, at, id));
+INSERT INTO s SELECT g, 'v' FROM generate_series(1, 10) g;
+SET DateStyle = 'SQL, DMY'; SET TimeZone = 'Asia/Kolkata'; SET IntervalStyle = sql_standard; SET extra_float_digits = -10;
+SELECT migrate.define('constants', 's', 't', $$ date '04/03/2026' AS day, 0.1234567890123456::float8 AS f, interval '-1 day -2 hours' AS i, timestamptz '04/03/2026 10:00' AS at, id, v $$, on_target_delete => 'delete');
+RESET DateStyle; RESET TimeZone; RESET IntervalStyle; RESET extra_float_digits;
+SELECT p.key_const FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.source = 's'::regclass AND p.direction = 'forward';
+SELECT arm('constants', 'forward'), arm('constants', 'reverse');
+DELETE FROM s WHERE id = 1; UPDATE s SET id = 20 WHERE id = 2; UPDATE s SET v = 'w' WHERE id = 3;
+DELETE FROM t WHERE id = 4; UPDATE t SET v = 'back' WHERE id = 5;
+SELECT same('TABLE types_test.s', 'SELECT id, v FROM types_test.t');
+TRUNCATE s;
+SELECT count(*) FROM t;
+SELECT migrate.drop('constants');
+DROP TABLE s, t;
+
 -- a batch has so many rows, or so many bytes; the rest comes with the next
 CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE t (id int PRIMARY KEY, v text);
 ALTER TABLE s ALTER v SET STORAGE EXTERNAL;
