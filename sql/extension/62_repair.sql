@@ -63,9 +63,9 @@ DECLARE
     m migrate._migration;
     c migrate._comparison;
     way text;
-    mended bigint := 0;
+    mends boolean := coalesce(execute, false);
 BEGIN
-    IF execute THEN
+    IF mends THEN
         m := migrate._lock(caller, name);
     ELSE
         m := migrate._find(caller, name);
@@ -77,7 +77,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM migrate._require_found_since_switch(m);
-    IF NOT execute THEN
+    IF NOT mends THEN
         RETURN QUERY SELECT migrate._repair_sql(x, way) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow
             WHERE f.migration = m.id ORDER BY f.id, x.key COLLATE "C";
         RETURN;
