@@ -83,11 +83,8 @@ BEGIN
     IF m.phase <> 'planned' THEN
         RETURN;
     END IF;
-    FOR f IN SELECT w.target, w.name, c.relowner::regrole AS owner,
-                    (SELECT string_agg(format('%I::text = %L', a.attname, p.key_const[s.i]), ' AND ') FROM generate_subscripts(p.key_dest, 1) AS s(i)
-                     JOIN pg_attribute a ON a.attrelid = p.dest AND a.attnum = p.key_dest[s.i] WHERE p.key_const[s.i] IS NOT NULL) AS share
-             FROM migrate._flow w JOIN migrate._mapping p ON p.flow = w.id AND p.direction = 'forward'
-             JOIN pg_class c ON c.oid = w.target AND c.relkind IN ('r', 'p') WHERE w.migration = m.id ORDER BY w.id LOOP
+    FOR f IN SELECT w.target, w.name, c.relowner::regrole AS owner, migrate._share(w.id) AS share
+             FROM migrate._flow w JOIN pg_class c ON c.oid = w.target AND c.relkind IN ('r', 'p') WHERE w.migration = m.id ORDER BY w.id LOOP
         problem := NULL;
         BEGIN
             is_full := EXISTS (SELECT FROM migrate._as(f.owner, format('SELECT 1 FROM %s WHERE %s LIMIT 1', f.target, coalesce(f.share, 'true'))));
