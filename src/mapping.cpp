@@ -201,7 +201,7 @@ Node *analyze_predicate(Request *request, const char *text) {
                  errdetail("It is: %s", text),
                  errhint("It is evaluated by all who read the view. Write it with functions, operators and types of "
                          "PostgreSQL itself.")));
-    require_immutable(condition, request->origin, "predicate");
+    require_immutable(condition, request->origin, "predicate", false);
     return condition;
 }
 
