@@ -210,6 +210,8 @@ SELECT migrate.define('m', 'users', 'contact', $$ id, email $$);
 \echo :LAST_ERROR_SQLSTATE
 RESET ROLE;
 SELECT migrate.allow('define_stranger', 'everything');
+SELECT migrate.allow(NULL);
+\echo :LAST_ERROR_SQLSTATE
 SELECT migrate.allow('define_stranger', 'nothing');
 
 SET client_min_messages = warning;

@@ -16,6 +16,9 @@ DECLARE
     what text;
 BEGIN
     SELECT * INTO c FROM pg_class WHERE oid = relation;
+    IF NOT FOUND THEN
+        PERFORM migrate._raise('42P01', format('%s with OID %s does not exist', role, relation::oid), '', 'Name a table: SELECT oid::regclass FROM pg_class WHERE relkind IN (''r'', ''p''); lists them.');
+    END IF;
     what := CASE
         WHEN c.relkind = 'f' THEN 'a foreign table'
         WHEN c.relkind IN ('v', 'm') THEN 'a view'
