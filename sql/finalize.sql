@@ -167,5 +167,28 @@ SELECT migrate.finalize('split', drop_source => true, force => 'split');
 SELECT to_regclass('person') IS NULL AS gone;
 SELECT migrate.drop('split');
 
+-- a column that was added to the source after define: nobody has been told that it is in no target
+SET client_min_messages = warning;
+CREATE TABLE grown (id int PRIMARY KEY, v text, told text);
+CREATE TABLE grown_new (id int PRIMARY KEY, v text);
+INSERT INTO grown VALUES (1, 'v', 'told');
+SELECT migrate.define('grown', 'grown', 'grown_new', on_target_delete => 'keep');
+SELECT migrate.set('grown', 'rollback_window', '0');
+SELECT migrate.start('grown');
+SELECT reach('grown', 'ready');
+SELECT p.severity, p.message FROM migrate.preflight('grown') p WHERE p."check" = 'not_carried';
+ALTER TABLE grown ADD COLUMN phone text, ADD COLUMN made text GENERATED ALWAYS AS (upper(v)) STORED;
+UPDATE grown SET phone = '123';
+SELECT p.severity, p.message, p.hint FROM migrate.preflight('grown') p WHERE p."check" = 'not_carried';
+SELECT migrate.cutover('grown');
+SELECT migrate.finalize('grown', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+SELECT phone FROM grown;
+-- (a column that is named twice is dropped once)
+SELECT count(*) FROM regexp_split_to_table(migrate.finalize('grown', drop_columns => '{v,v}', dry_run => true), E'\n') l WHERE l LIKE 'column "v"%';
+SELECT regexp_replace(l, '[0-9.]+ ms', 'T ms', 'g') FROM regexp_split_to_table(migrate.finalize('grown', drop_source => true, force => 'grown', dry_run => true), E'\n') l WHERE l ~ 'phone|refused';
+SELECT migrate.finalize('grown', drop_source => true, force => 'grown');
+SELECT migrate.drop('grown');
+
 SET client_min_messages = warning;
 DROP SCHEMA finalize_test CASCADE;

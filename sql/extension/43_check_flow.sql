@@ -283,10 +283,28 @@ LANGUAGE sql STABLE AS $$
     WHERE f.migration = m.id
 $$;
 
+-- Columns of the sources that are in no target although define has not said so: they were added since.
+CREATE FUNCTION migrate._columns_added(m_id integer) RETURNS SETOF text
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN QUERY
+    WITH carried AS MATERIALIZED (
+        SELECT f.source, f.not_carried, b.yields FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
+        JOIN pg_class c ON c.oid = p.view, LATERAL migrate._view_body(p.view) b WHERE f.migration = m_id)
+    SELECT format('values of column %I of %s, which was added since the migration was defined, are in no target', a.attname, a.attrelid::regclass)
+    FROM pg_attribute a
+    WHERE a.attrelid IN (SELECT c.source FROM carried c) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+      AND NOT EXISTS (SELECT FROM carried c WHERE c.source = a.attrelid AND (a.attname::text = ANY (c.not_carried) OR c.yields && ARRAY[a.attnum, 0::int2]))
+    ORDER BY a.attrelid, a.attnum;
+END $$;
+
 CREATE FUNCTION migrate._check_reverse(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     SELECT 'not_carried', 'info', format('column %s of source %s goes into no column of target %s', quote_ident(c.name), f.source, f.target), 'Map it, if it is needed after finalize.'
     FROM migrate._flow f CROSS JOIN unnest(f.not_carried) AS c(name) WHERE f.migration = m.id
+    UNION ALL
+    SELECT 'not_carried', 'warning', c.line, 'Define a migration anew for it to be carried, or copy its values by hand before the source is dropped.'
+    FROM migrate._columns_added(m.id) AS c(line)
     UNION ALL
     SELECT 'carried_twice', 'warning', format('column %s of source %s is carried into %s: after cutover, a write to one of them does not reach the other',
                quote_ident(a.attname), t.origin, t.targets), ''
