@@ -285,7 +285,7 @@ BEGIN
         ), referenced AS (  -- by a foreign key that goes along, which is dropped on both tables
             SELECT k.confrelid::regclass FROM own JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid = own.r
             WHERE own.old AND (drop_source OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attname = ANY (drop_columns)))
-        ) SELECT array_agg(x.r ORDER BY x.r) INTO tables FROM (SELECT own.r FROM own UNION TABLE referenced) x;
+        ) SELECT coalesce(array_agg(x.r ORDER BY x.r), '{}') INTO tables FROM (SELECT own.r FROM own UNION TABLE referenced) x;
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
