@@ -173,7 +173,15 @@ CREATE TABLE contact (id bigint PRIMARY KEY, email text);
 SELECT migrate.define('split', 'users', 'user_profiles', $$ id AS user_id, name AS display_name, created_at $$);
 SELECT migrate.add_flow('split', 'users', 'contact', $$ id, email $$);
 SELECT migrate.add_flow('split', 'users', 'contact', $$ id, email $$);
+SELECT migrate.add_flow('split', 'users', 'contact', $$ id, email $$, on_target_delete => 'keep');
+\echo :LAST_ERROR_SQLSTATE
 SELECT f.name, f.source, f.target, f.on_target_delete, f.not_carried FROM migrate._flow f ORDER BY f.id;
+-- a script that is run again finds all as it was, also when its migration is past the phase planned
+SELECT migrate.cancel('split');
+SELECT migrate.define('split', 'users', 'user_profiles', $$ id AS user_id, name AS display_name, created_at $$);
+SELECT migrate.add_flow('split', 'users', 'contact', $$ id, email $$);
+SELECT migrate.add_flow('split', 'users', 'users_copy');
+\echo :LAST_ERROR_SQLSTATE
 SELECT migrate.drop('split');
 
 -- several sources of one target: without a constant nobody could say whose a row of the target is
@@ -202,6 +210,8 @@ SELECT migrate.define('m', 'users', 'contact', $$ id, email $$);
 \echo :LAST_ERROR_SQLSTATE
 RESET ROLE;
 SELECT migrate.allow('define_stranger', 'everything');
+SELECT migrate.allow(NULL);
+\echo :LAST_ERROR_SQLSTATE
 SELECT migrate.allow('define_stranger', 'nothing');
 
 SET client_min_messages = warning;

@@ -167,5 +167,102 @@ SELECT migrate.finalize('split', drop_source => true, force => 'split');
 SELECT to_regclass('person') IS NULL AS gone;
 SELECT migrate.drop('split');
 
+-- a column that was added to the source after define: nobody has been told that it is in no target
+SET client_min_messages = warning;
+CREATE TABLE grown (id int PRIMARY KEY, v text, told text);
+CREATE TABLE grown_new (id int PRIMARY KEY, v text);
+INSERT INTO grown VALUES (1, 'v', 'told');
+SELECT migrate.define('grown', 'grown', 'grown_new', on_target_delete => 'keep');
+SELECT migrate.set('grown', 'rollback_window', '0');
+SELECT migrate.start('grown');
+SELECT reach('grown', 'ready');
+SELECT p.severity, p.message FROM migrate.preflight('grown') p WHERE p."check" = 'not_carried';
+ALTER TABLE grown ADD COLUMN phone text, ADD COLUMN made text GENERATED ALWAYS AS (upper(v)) STORED;
+UPDATE grown SET phone = '123';
+SELECT p.severity, p.message, p.hint FROM migrate.preflight('grown') p WHERE p."check" = 'not_carried';
+SELECT migrate.cutover('grown');
+SELECT migrate.finalize('grown', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+SELECT phone FROM grown;
+-- (a column that is named twice is dropped once)
+SELECT count(*) FROM regexp_split_to_table(migrate.finalize('grown', drop_columns => '{v,v}', dry_run => true), E'\n') l WHERE l LIKE 'column "v"%';
+SELECT regexp_replace(l, '[0-9.]+ ms', 'T ms', 'g') FROM regexp_split_to_table(migrate.finalize('grown', drop_source => true, force => 'grown', dry_run => true), E'\n') l WHERE l ~ 'phone|refused';
+SELECT migrate.finalize('grown', drop_source => true, force => 'grown');
+SELECT migrate.drop('grown');
+
+-- What the migration rests on is dropped, as PostgreSQL's own HINT says, by CASCADE: the application's statements go on, no switch passes, and
+-- the migration can be ended.
+SET client_min_messages = warning;
+CREATE FUNCTION refused(call text) RETURNS text LANGUAGE plpgsql AS $$
+DECLARE
+    what text;
+    help text;
+BEGIN
+    EXECUTE 'SELECT ' || call;
+    RETURN 'not refused';
+EXCEPTION WHEN OTHERS THEN
+    GET STACKED DIAGNOSTICS what = PG_EXCEPTION_DETAIL, help = PG_EXCEPTION_HINT;
+    RETURN regexp_replace(format(E'%s: %s\n%s\n%s', SQLSTATE, SQLERRM, what, help), 'OID \d+', 'OID …', 'g');
+END $$;
+CREATE FUNCTION prepare(dual_write text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    DROP TABLE IF EXISTS old, new CASCADE;
+    CREATE TABLE old (id int PRIMARY KEY, v text, w text);
+    CREATE TABLE new (id int PRIMARY KEY, v text, w text);
+    INSERT INTO old SELECT g, 'v', 'w' FROM generate_series(1, 20) g;
+    PERFORM migrate.define('lost', 'old', 'new', on_target_delete => 'delete'), migrate.set('lost', 'dual_write', dual_write);
+    PERFORM migrate.start('lost');
+END $$;
+\pset format unaligned
+\pset tuples_only on
+-- a column of the source
+SELECT prepare('best_effort');
+SELECT reach('lost', 'ready');
+ALTER TABLE old DROP COLUMN w CASCADE;
+UPDATE old SET v = 'x' WHERE id = 1; INSERT INTO old VALUES (100, 'x'); DELETE FROM old WHERE id = 2; TRUNCATE old; INSERT INTO old VALUES (1, 'y');
+SELECT refused($$ migrate.cutover('lost') $$);
+SELECT refused($$ migrate.retry('lost') $$);
+SELECT refused($$ 1 FROM migrate.validate('lost') $$);
+SELECT migrate.cancel('lost'), migrate.drop('lost');
+-- strict keeps its promise, and says what to do
+SELECT prepare('strict');
+SELECT reach('lost', 'ready');
+ALTER TABLE old DROP COLUMN w CASCADE;
+UPDATE old SET v = 'x' WHERE id = 1;
+\echo :LAST_ERROR_SQLSTATE
+DROP TABLE new CASCADE;
+UPDATE old SET v = 'x' WHERE id = 1;
+SELECT migrate.cancel('lost'), migrate.drop('lost');
+-- the target
+SELECT prepare('best_effort');
+SELECT reach('lost', 'ready');
+DROP TABLE new CASCADE;
+UPDATE old SET v = 'x' WHERE id = 1; INSERT INTO old VALUES (100, 'x'); DELETE FROM old WHERE id = 2; TRUNCATE old;
+SELECT refused($$ migrate.cutover('lost') $$);
+SELECT migrate.cancel('lost'), migrate.drop('lost');
+-- the source, after the cutover
+SELECT prepare('best_effort');
+SELECT reach('lost', 'ready');
+SELECT migrate.cutover('lost');
+DROP TABLE old CASCADE;
+UPDATE new SET v = 'x' WHERE id = 1; INSERT INTO new VALUES (100, 'x'); DELETE FROM new WHERE id = 2; TRUNCATE new;
+SELECT refused($$ migrate.rollback('lost') $$);
+SELECT refused($$ migrate.plan('lost') $$);
+SELECT migrate.finalize('lost', force => 'lost'), migrate.drop('lost');
+-- both, before the cutover and after it
+SELECT prepare('best_effort');
+SELECT reach('lost', 'ready');
+DROP TABLE old, new CASCADE;
+SELECT refused($$ 1 FROM migrate.validate('lost') $$);
+SELECT migrate.cancel('lost'), migrate.drop('lost');
+SELECT prepare('best_effort');
+SELECT reach('lost', 'ready');
+SELECT migrate.cutover('lost');
+DROP TABLE old, new CASCADE;
+SELECT migrate.finalize('lost', force => 'lost', dry_run => true) ~ '^cut_over' AS rehearsed;
+SELECT migrate.finalize('lost', force => 'lost'), migrate.drop('lost');
+\pset format aligned
+\pset tuples_only off
+
 SET client_min_messages = warning;
 DROP SCHEMA finalize_test CASCADE;

@@ -146,6 +146,14 @@ SELECT migrate.define('share', 's_share', 't_share', $$ 'mine' AS kind, id, v $$
 SELECT found('share', 'target_empty');
 INSERT INTO t_share VALUES ('mine', 1, 'ours');
 SELECT found('share', 'target_empty');
+CREATE TABLE t_share_typed (c char(5), b boolean, d date, id int, v text, PRIMARY KEY (c, b, d, id));
+SET DateStyle = 'SQL, DMY';
+SELECT migrate.define('share_typed', 's_share', 't_share_typed', $$ 'eu' AS c, true AS b, date '04/03/2026' AS d, id, v $$, on_target_delete => 'delete');
+RESET DateStyle;
+INSERT INTO t_share_typed VALUES ('eu', false, '2026-03-04', 1, 'not ours'), ('eu', true, '2026-04-03', 1, 'not ours');
+SELECT found('share_typed', 'target_empty');
+INSERT INTO t_share_typed VALUES ('eu', true, '2026-03-04', 1, 'ours');
+SELECT found('share_typed', 'target_empty');
 
 -- not_null, nullable_source
 SELECT make('nulls', 'id int PRIMARY KEY, v text NOT NULL, w text');

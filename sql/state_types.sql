@@ -122,6 +122,46 @@ SELECT migrate.drop('settings');
 DROP TABLE s, t;
 DROP OWNED BY types_writer; DROP ROLE types_writer;
 
+-- constants of a key that were given in such a session mean the same to all others
+CREATE TABLE s (id int PRIMARY KEY, v text);
+CREATE TABLE t (day date, f float8, i interval, at timestamptz, id int, v text, PRIMARY KEY (day, f, i, at, id));
+INSERT INTO s SELECT g, 'v' FROM generate_series(1, 10) g;
+SET DateStyle = 'SQL, DMY'; SET TimeZone = 'Asia/Kolkata'; SET IntervalStyle = sql_standard; SET extra_float_digits = -10;
+SELECT migrate.define('constants', 's', 't', $$ date '04/03/2026' AS day, 0.1234567890123456::float8 AS f, interval '-1 day -2 hours' AS i, timestamptz '04/03/2026 10:00' AS at, id, v $$, on_target_delete => 'delete');
+RESET DateStyle; RESET TimeZone; RESET IntervalStyle; RESET extra_float_digits;
+SELECT p.key_const FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow WHERE f.source = 's'::regclass AND p.direction = 'forward';
+SELECT arm('constants', 'forward'), arm('constants', 'reverse');
+DELETE FROM s WHERE id = 1; UPDATE s SET id = 20 WHERE id = 2; UPDATE s SET v = 'w' WHERE id = 3;
+DELETE FROM t WHERE id = 4; UPDATE t SET v = 'back' WHERE id = 5;
+SELECT same('TABLE types_test.s', 'SELECT id, v FROM types_test.t');
+TRUNCATE s;
+SELECT count(*) FROM t;
+SELECT migrate.drop('constants');
+DROP TABLE s, t;
+
+-- keys that are equal and look otherwise: by either path the target's looks as the source's does, and repair sees to it as well
+CREATE FUNCTION run(statement text) RETURNS void LANGUAGE plpgsql AS 'BEGIN EXECUTE statement; END';
+CREATE FUNCTION changes_nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TABLE s (n numeric, j jsonb, r numrange, i interval, f float8, c bpchar, v text, PRIMARY KEY (n, j, r, i, f, c));
+CREATE TABLE t (n numeric, j jsonb, r numrange, i interval, f float8, c bpchar, v text, PRIMARY KEY (n, j, r, i, f, c));
+CREATE TABLE d (LIKE t INCLUDING ALL);
+CREATE TABLE link (n numeric, j jsonb, r numrange, i interval, f float8, c bpchar, PRIMARY KEY (n, j, r, i, f, c)) PARTITION BY HASH (n);
+CREATE TABLE link_0 PARTITION OF link FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+CREATE TRIGGER by_sql BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION changes_nothing();
+INSERT INTO s SELECT g, jsonb_build_object('k', g), numrange(g, g + 1), g * interval '1 day', 0, 'c', 'v' FROM generate_series(1, 10) g;
+SELECT migrate.define('forms', 's', 't', on_target_delete => 'delete'), migrate.define('forms_d', 's', 'd', on_target_delete => 'delete'), migrate.define('forms_l', 's', 'link', on_target_delete => 'keep');
+SELECT arm('forms', 'forward'), arm('forms_d', 'forward'), arm('forms_l', 'forward');
+SELECT f.target, migrate._path(f.id, 'forward') IS NULL AS direct FROM migrate._flow f ORDER BY f.id;
+UPDATE s SET n = 1.00 WHERE n = 1; UPDATE s SET j = '{"k": 2.0}', v = 'w' WHERE n = 2; UPDATE s SET r = numrange(3.0, 4.00) WHERE n = 3; UPDATE s SET i = '96 hours' WHERE n = 4; UPDATE s SET f = '-0' WHERE n = 5; UPDATE s SET c = 'c  ' WHERE n = 6;
+BEGIN; DELETE FROM s WHERE n = 7; INSERT INTO s VALUES (7.0, '{"k": 7}', numrange(7, 8), '7 days', 0, 'c', 'again'); COMMIT;
+SELECT same('SELECT s::text FROM types_test.s', 'SELECT t::text FROM types_test.t'), same('SELECT s::text FROM types_test.s', 'SELECT d::text FROM types_test.d'), same('SELECT (n, j, r, i, f, c)::text FROM types_test.s', 'SELECT link::text FROM types_test.link');
+UPDATE t SET n = n + 0.000 WHERE n < 4; UPDATE link SET f = '-0' WHERE n = 8;
+SELECT v.flow, v.mismatches FROM unnest('{forms,forms_l}'::text[]) m, migrate.validate(m) v;
+SELECT count(run(r)) FROM unnest('{forms,forms_l}'::text[]) m, migrate.repair(m) r;
+SELECT v.flow, v.mismatches FROM unnest('{forms,forms_d,forms_l}'::text[]) m, migrate.validate(m) v;
+SELECT migrate.drop('forms'), migrate.drop('forms_d'), migrate.drop('forms_l');
+DROP TABLE s, t, d, link;
+
 -- a batch has so many rows, or so many bytes; the rest comes with the next
 CREATE TABLE s (id int PRIMARY KEY, v text); CREATE TABLE t (id int PRIMARY KEY, v text);
 ALTER TABLE s ALTER v SET STORAGE EXTERNAL;

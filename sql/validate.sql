@@ -292,6 +292,7 @@ INSERT INTO profiles VALUES (9000000000, 'out of the source''s range', '');
 SELECT regexp_replace(r, 'flow_\d+', 'flow_N') FROM migrate.repair('users') r ORDER BY r COLLATE "C";
 SELECT * FROM validate('users');
 SELECT regexp_replace(r, 'flow_\d+', 'flow_N') FROM migrate.repair('users') r ORDER BY r COLLATE "C";
+SELECT count(*) AS "only shown" FROM migrate.repair('users', execute => NULL) r WHERE r ~ '^(INSERT|DELETE) ';
 SELECT regexp_replace(r, 'flow_\d+', 'flow_N') FROM migrate.repair('users', execute => true) r;
 UPDATE migrate._migration SET phase = 'ready' WHERE name = 'users';
 SELECT regexp_replace(r, 'flow_\d+', 'flow_N') FROM migrate.repair('users', execute => true) r;

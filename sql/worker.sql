@@ -54,6 +54,7 @@ END $$;
 -- Before the start
 CALL migrate.wait('worker_test');
 CALL migrate.wait('worker_test', 'nowhere');
+CALL migrate.wait('worker_test', timeout => '-1 s');
 CALL migrate.wait('nobody');
 SELECT migrate.pause('worker_test');
 SELECT migrate.retry('worker_test');

@@ -127,7 +127,7 @@ void read_shared(Mapping *m) {
     for_each_row("_mapping", [&](const Row &row) {
         const int32 flow = row.number("flow");
         if (flow == m->flow || !is_of(row, flow, false) || row.oid("dest") != m->dest ||
-            migration_of(flow) != m->migration)
+            migration_of(flow) != m->migration || !SearchSysCacheExists1(RELOID, ObjectIdGetDatum(row.oid("view"))))
             return;
         int n;
         const AttrNumber *columns = attnums(row, "columns", &n);
@@ -156,6 +156,7 @@ void read_migration(Mapping *m) {
     });
     for_each_row("_migration", [&](const Row &row) {
         if (row.number("id") != m->migration) return;
+        m->migration_name = TextDatumGetCString(row.get("name"));
         m->both_directions = row.flag("both_directions");
         if (!is_before_the_end_of_backfill(row)) m->copied_by_place = false;
     });

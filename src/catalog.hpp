@@ -23,6 +23,7 @@ struct DirectChoice;
 struct Mapping {
     int32 flow;
     int32 migration;
+    const char *migration_name;
     bool reverse;
     Oid view;
     Oid origin;

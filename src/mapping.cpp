@@ -201,7 +201,7 @@ Node *analyze_predicate(Request *request, const char *text) {
                  errdetail("It is: %s", text),
                  errhint("It is evaluated by all who read the view. Write it with functions, operators and types of "
                          "PostgreSQL itself.")));
-    require_immutable(condition, request->origin, "predicate");
+    require_immutable(condition, request->origin, "predicate", false);
     return condition;
 }
 
@@ -243,7 +243,10 @@ Datum migrate_create_mapping_view(PG_FUNCTION_ARGS) {
                             GUC_ACTION_SAVE, true, 0, false);
     const Oid view = create_view(&request);
     AtEOXact_GUC(false, level);
+    const int output = NewGUCNestLevel();
+    pin_output_settings();  // a constant's text is read under other settings than the caller's
     HeapTuple tuple = describe_mapping(view, request.origin, request.dest, BlessTupleDesc(desc));
+    AtEOXact_GUC(false, output);
     error_context_stack = context.previous;
     PG_RETURN_DATUM(HeapTupleGetDatum(tuple));
 }

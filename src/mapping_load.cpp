@@ -204,6 +204,30 @@ bool owner_may_write(const Mapping *m) {
            may_use_schema(get_rel_namespace(m->view), m->dest_owner);
 }
 
+namespace {
+
+bool is_gone(Oid relation) {
+    return !SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relation));
+}
+
+// Whether somebody has dropped what the mapping rests on: a table, or a column of it, and with it the view, by CASCADE.
+// Then nothing can be written any more, and the gates of a switch say so; the application's statements go on. Only
+// where they were to fail rather than leave dest behind (strict) they do, as long as there is a dest.
+bool is_lost(const Mapping *m) {
+    if (!is_gone(m->view) && !is_gone(m->origin) && !is_gone(m->dest)) return false;
+    if (m->on_failure == OnFailure::kRaise && !m->reverse && !is_gone(m->origin) && !is_gone(m->dest))
+        ereport(ERROR,
+                (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+                 errmsg("migration \"%s\" has lost the mapping of \"%s\"", m->migration_name, get_rel_name(m->origin)),
+                 errdetail("Its view was dropped. Without it nothing can be written to \"%s\", and option "
+                           "dual_write is strict.",
+                           get_rel_name(m->dest)),
+                 errhint("SELECT migrate.cancel(%s); ends the migration.", quote_literal_cstr(m->migration_name))));
+    return true;
+}
+
+}  // namespace
+
 Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     const bool kept = lifetime == Lifetime::kBackend;
     MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
@@ -212,7 +236,7 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     m->context = context;
     m->kept = kept;
     m->flow = flow, m->reverse = reverse;
-    const bool found = read_mapping(m);
+    const bool found = read_mapping(m) && !is_lost(m);
     if (found) look_at_tables(m);
     MemoryContextSwitchTo(old);
     if (!found) {

@@ -27,14 +27,17 @@ bool runs_user_code(Node *node, void *context) {
     return walk_expression(node, runs_user_code, context);
 }
 
-void require_immutable(Node *expr, Oid origin, const char *what) {
+void require_immutable(Node *expr, Oid origin, const char *what, bool may_call_users) {
     if (!contain_mutable_functions(expr)) return;
     List *context = deparse_context_for(get_rel_name(origin), origin);
     ereport(ERROR, (errcode(ERRCODE_INVALID_OBJECT_DEFINITION), errmsg("%s is not immutable", what),
                     errdetail("It is: %s", deparse_expression(expr, context, false, false)),
                     errhint("Its value must depend on the row alone, not on the time, the session or a setting. "
                             "For example, write "
-                            "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.")));
+                            "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.%s",
+                            may_call_users ? " What PostgreSQL takes to depend on more, such as the text of an enum or "
+                                             "a date, a function of your own can give that is declared IMMUTABLE."
+                                           : "")));
 }
 
 namespace {
@@ -42,7 +45,7 @@ namespace {
 // Dual writes and the backfill evaluate the expression at different times, as dest's owner.
 void require_pure(Node *expr, Oid origin, Oid dest, const char *what) {
     List *context = deparse_context_for(get_rel_name(origin), origin);
-    require_immutable(expr, origin, what);
+    require_immutable(expr, origin, what, true);
     Oid owner = owner_of(dest);
     if (find_forbidden_function(expr, &owner))
         ereport(ERROR,
@@ -156,7 +159,8 @@ Datum columns_read(Query *query) {
     if (attnums != NIL && linitial_int(attnums) < 0)
         ereport(ERROR,
                 (errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-                 errmsg("mapping reads the system column with number %d", linitial_int(attnums)),
+                 errmsg("mapping reads the system column \"%s\"",
+                        NameStr(SystemAttributeDefinition((AttrNumber)linitial_int(attnums))->attname)),
                  errhint("System columns (ctid, xmin, tableoid, …) change without a write that a trigger sees.")));
     return attnum_array(list_member_int(attnums, 0) ? list_make1_int(0) : attnums);
 }

@@ -10,7 +10,7 @@ namespace migrate {
 HeapTuple describe_mapping(Oid view, Oid origin, Oid dest, TupleDesc desc);
 
 // Raises where its value depends on more than the row of `origin`. what: as messages call it.
-void require_immutable(Node *expr, Oid origin, const char *what);
+void require_immutable(Node *expr, Oid origin, const char *what, bool may_call_users);
 
 // Whether evaluating the expression would run code that a user has written. context: NULL.
 bool runs_user_code(Node *node, void *context);

@@ -165,6 +165,11 @@ Datum migrate_wait(PG_FUNCTION_ARGS) {
     w.name = text_to_cstring(PG_GETARG_TEXT_PP(0));
     w.phase = PG_ARGISNULL(1) ? pstrdup("ready") : text_to_cstring(PG_GETARG_TEXT_PP(1));
     w.timeout_ms = PG_ARGISNULL(2) ? 0 : interval_ms(PG_GETARG_INTERVAL_P(2));
+    if (w.timeout_ms < 0)
+        ereport(ERROR, (errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+                        errmsg("timeout of migrate.wait is negative: %g s", w.timeout_ms / 1000),
+                        errdetail("It must be more than 0; 0 and NULL are none."),
+                        errhint("CALL migrate.wait(%s, timeout => '10 minutes');", quote_literal_cstr(w.name))));
     w.began = GetCurrentTimestamp();
     wait_until_reached(&w);
     SPI_finish();

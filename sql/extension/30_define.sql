@@ -16,6 +16,9 @@ DECLARE
     what text;
 BEGIN
     SELECT * INTO c FROM pg_class WHERE oid = relation;
+    IF NOT FOUND THEN
+        PERFORM migrate._raise('42P01', format('%s with OID %s does not exist', role, relation::oid), '', 'Name a table: SELECT oid::regclass FROM pg_class WHERE relkind IN (''r'', ''p''); lists them.');
+    END IF;
     what := CASE
         WHEN c.relkind = 'f' THEN 'a foreign table'
         WHEN c.relkind IN ('v', 'm') THEN 'a view'
@@ -361,14 +364,18 @@ LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := migrate._lock(caller, name);
     flow_name text := coalesce(flow, target::text);
+    same migrate._flow;
 BEGIN
-    IF m.phase <> 'planned' THEN
-        PERFORM migrate._raise('55000', format('migration "%s" is in phase %s', m.name, m.phase), 'Flows are added in phase planned only.', format('Define a second migration for "%s".', target));
-    END IF;
-    IF EXISTS (SELECT FROM migrate._flow f WHERE f.migration = m.id AND f.source = _add_flow.source AND f.target = _add_flow.target
-               AND (f.mapping, f.filter, f.reverse) IS NOT DISTINCT FROM (_add_flow.mapping, _add_flow.filter, _add_flow.reverse)) THEN
+    SELECT * INTO same FROM migrate._flow f WHERE f.migration = m.id AND f.source = _add_flow.source AND f.target = _add_flow.target
+        AND (f.mapping, f.filter, f.reverse) IS NOT DISTINCT FROM (_add_flow.mapping, _add_flow.filter, _add_flow.reverse) LIMIT 1;
+    IF FOUND AND same.on_target_delete IS DISTINCT FROM coalesce(_add_flow.on_target_delete, same.on_target_delete) THEN
+        PERFORM migrate._raise('42710', format('migration "%s" has this flow already, otherwise', m.name), format('Its on_target_delete is %s.', coalesce(same.on_target_delete, 'not decided')),
+            format('SELECT migrate.set(%L, ''on_target_delete'', %L); changes it, for all flows.', m.name, _add_flow.on_target_delete));
+    ELSIF FOUND THEN
         RAISE NOTICE 'migration "%" has this flow already', name;
-        RETURN 'planned -> planned';
+        RETURN format('%s -> %s', m.phase, m.phase);
+    ELSIF m.phase <> 'planned' THEN
+        PERFORM migrate._raise('55000', format('migration "%s" is in phase %s', m.name, m.phase), 'Flows are added in phase planned only.', format('Define a second migration for "%s".', target));
     END IF;
     IF EXISTS (SELECT FROM migrate._flow f WHERE f.migration = m.id AND f.name = flow_name) THEN
         flow_name := format('%s to %s', source, target);

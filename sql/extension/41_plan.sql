@@ -221,6 +221,7 @@ DECLARE
     m migrate._migration := migrate._find(caller, name);
     options text;
 BEGIN
+    PERFORM migrate._require_whole(m) WHERE m.phase NOT IN ('finalized', 'cancelled');
     SELECT string_agg(format('- %s = %s', d.name, migrate._option_show(d, coalesce(migrate._opt(m.id, d.name), 'none'))), E'\n' ORDER BY d.ordinal) INTO options
     FROM migrate._option_definition d WHERE coalesce(migrate._opt(m.id, d.name), 'none') <> d.standard;
     RETURN concat_ws(E'\n\n',

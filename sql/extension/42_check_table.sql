@@ -1,17 +1,31 @@
 -- Preflight checks of the tables themselves: who owns them, what they are, who else writes to them.
 
+-- Raises where a table or a mapping view was dropped: what reads them would only say that some OID is not there.
+CREATE FUNCTION migrate._require_whole(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    c record;
+BEGIN
+    SELECT string_agg(x.message, E'\n') AS messages, min(x.hint) AS hint INTO c FROM migrate._check_flows(m) x;
+    IF c.messages IS NOT NULL THEN
+        PERFORM migrate._raise('55000', format('migration "%s" cannot go on: what it rests on was dropped', m.name), c.messages, c.hint);
+    END IF;
+END $$;
+
 CREATE FUNCTION migrate._check_flows(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
+    WITH way_out AS (SELECT CASE WHEN m.phase = 'cut_over' THEN format('SELECT migrate.finalize(%L, force => %L); ends it.', m.name, m.name)
+                                 WHEN m.phase IN ('planned', 'cancelled', 'finalized') THEN format('SELECT migrate.drop(%L); and define it again.', m.name)
+                                 ELSE format('SELECT migrate.cancel(%L); SELECT migrate.drop(%L); and define it again.', m.name, m.name) END AS hint)
     SELECT 'flows', 'error', format('migration "%s" has no flow', m.name), format('SELECT migrate.add_flow(%L, source => ''…'', target => ''…'');', m.name)
     WHERE NOT EXISTS (SELECT FROM migrate._flow f WHERE f.migration = m.id)
     UNION ALL
-    SELECT 'flows', 'error', format('flow "%s" has lost its %s: table with OID %s is gone', f.name, t.part, t.relation::oid),
-           format('SELECT migrate.drop(%L); and define it again.', m.name)
-    FROM migrate._flow f CROSS JOIN LATERAL (VALUES ('source', f.source), ('target', f.target)) AS t(part, relation)
+    SELECT 'flows', 'error', format('flow "%s" has lost its %s: table with OID %s is gone', f.name, t.part, t.relation::oid), w.hint
+    FROM way_out w, migrate._flow f CROSS JOIN LATERAL (VALUES ('source', f.source), ('target', f.target)) AS t(part, relation)
     WHERE f.migration = m.id AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = t.relation)
     UNION ALL
-    SELECT 'flows', 'error', format('flow "%s" has lost its mapping view', f.name), format('SELECT migrate.drop(%L); and define it again.', m.name)
-    FROM migrate._flow f LEFT JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
+    SELECT 'flows', 'error', format('flow "%s" has lost its mapping view', f.name), w.hint
+    FROM way_out w, migrate._flow f LEFT JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
     WHERE f.migration = m.id AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = p.view)
 $$;
 

@@ -83,11 +83,8 @@ BEGIN
     IF m.phase <> 'planned' THEN
         RETURN;
     END IF;
-    FOR f IN SELECT w.target, w.name, c.relowner::regrole AS owner,
-                    (SELECT string_agg(format('%I::text = %L', a.attname, p.key_const[s.i]), ' AND ') FROM generate_subscripts(p.key_dest, 1) AS s(i)
-                     JOIN pg_attribute a ON a.attrelid = p.dest AND a.attnum = p.key_dest[s.i] WHERE p.key_const[s.i] IS NOT NULL) AS share
-             FROM migrate._flow w JOIN migrate._mapping p ON p.flow = w.id AND p.direction = 'forward'
-             JOIN pg_class c ON c.oid = w.target AND c.relkind IN ('r', 'p') WHERE w.migration = m.id ORDER BY w.id LOOP
+    FOR f IN SELECT w.target, w.name, c.relowner::regrole AS owner, migrate._share(w.id) AS share
+             FROM migrate._flow w JOIN pg_class c ON c.oid = w.target AND c.relkind IN ('r', 'p') WHERE w.migration = m.id ORDER BY w.id LOOP
         problem := NULL;
         BEGIN
             is_full := EXISTS (SELECT FROM migrate._as(f.owner, format('SELECT 1 FROM %s WHERE %s LIMIT 1', f.target, coalesce(f.share, 'true'))));
@@ -288,10 +285,28 @@ LANGUAGE sql STABLE AS $$
     WHERE f.migration = m.id
 $$;
 
+-- Columns of the sources that are in no target although define has not said so: they were added since.
+CREATE FUNCTION migrate._columns_added(m_id integer) RETURNS SETOF text
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN QUERY
+    WITH carried AS MATERIALIZED (
+        SELECT f.source, f.not_carried, b.yields FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
+        JOIN pg_class c ON c.oid = p.view, LATERAL migrate._view_body(p.view) b WHERE f.migration = m_id)
+    SELECT format('values of column %I of %s, which was added since the migration was defined, are in no target', a.attname, a.attrelid::regclass)
+    FROM pg_attribute a
+    WHERE a.attrelid IN (SELECT c.source FROM carried c) AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+      AND NOT EXISTS (SELECT FROM carried c WHERE c.source = a.attrelid AND (a.attname::text = ANY (c.not_carried) OR c.yields && ARRAY[a.attnum, 0::int2]))
+    ORDER BY a.attrelid, a.attnum;
+END $$;
+
 CREATE FUNCTION migrate._check_reverse(m migrate._migration) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
     SELECT 'not_carried', 'info', format('column %s of source %s goes into no column of target %s', quote_ident(c.name), f.source, f.target), 'Map it, if it is needed after finalize.'
     FROM migrate._flow f CROSS JOIN unnest(f.not_carried) AS c(name) WHERE f.migration = m.id
+    UNION ALL
+    SELECT 'not_carried', 'warning', c.line, 'Define a migration anew for it to be carried, or copy its values by hand before the source is dropped.'
+    FROM migrate._columns_added(m.id) AS c(line)
     UNION ALL
     SELECT 'carried_twice', 'warning', format('column %s of source %s is carried into %s: after cutover, a write to one of them does not reach the other',
                quote_ident(a.attname), t.origin, t.targets), ''

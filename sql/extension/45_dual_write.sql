@@ -46,21 +46,21 @@ BEGIN
 END $$;
 
 -- What must not change while the dual writes are to be without a gap: our triggers (a disabled and re-enabled one has another
--- xmin) and the partitions they stand on. NULL where a trigger is missing or does not fire always. Every batch asks for it;
--- PL/pgSQL, so that it is planned once a worker.
+-- xmin) and the partitions they stand on. NULL where a trigger is missing or does not fire always, or its mapping view was dropped, without
+-- which it does nothing. Every batch asks for it; PL/pgSQL, so that it is planned once a worker.
 CREATE FUNCTION migrate._fingerprint(flow integer) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
     RETURN (
         WITH wanted AS (
-            SELECT r AS relation, format('!migrate_%s_%s_%s', p.flow, p.direction, kind) AS name
+            SELECT r AS relation, format('!migrate_%s_%s_%s', p.flow, p.direction, kind) AS name, EXISTS (SELECT FROM pg_class c WHERE c.oid = p.view) AS has_view
             FROM migrate._flow f JOIN migrate._migration m ON m.id = f.migration
             JOIN migrate._mapping p ON p.flow = f.id AND (p.direction = 'forward' OR m.both_directions),
                 LATERAL migrate._partition_tree(p.origin) r, unnest(ARRAY['row', 'flush', 'truncate']) kind
             WHERE f.id = _fingerprint.flow)
         SELECT CASE WHEN count(*) = count(t.oid) THEN md5(string_agg(format('%s %s %s %s', w.relation::oid, w.name, t.xmin, i.xmin), ',' ORDER BY w.relation::oid, w.name)) END
         FROM wanted w
-        LEFT JOIN pg_trigger t ON t.tgrelid = w.relation AND t.tgname = w.name AND t.tgenabled = 'A'
+        LEFT JOIN pg_trigger t ON t.tgrelid = w.relation AND t.tgname = w.name AND t.tgenabled = 'A' AND w.has_view
         LEFT JOIN pg_inherits i ON i.inhrelid = w.relation);
 END $$;
 

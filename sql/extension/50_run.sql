@@ -244,6 +244,7 @@ DECLARE
     gap boolean;
 BEGIN
     PERFORM migrate._require_under_way(m, 'retried');
+    PERFORM migrate._require_whole(m);
     UPDATE migrate._failure x SET retry_at = clock_timestamp() FROM migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     GET DIAGNOSTICS due = ROW_COUNT;
     BEGIN  -- undone, so that no lock of what is read here stays
@@ -295,8 +296,8 @@ LANGUAGE plpgsql AS $$
 DECLARE
     tables regclass[];
 BEGIN
-    SELECT array_agg(DISTINCT r ORDER BY r) INTO tables
-    FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow, LATERAL migrate._partition_tree(p.origin) r
+    SELECT coalesce(array_agg(DISTINCT r ORDER BY r), '{}') INTO tables
+    FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.origin, LATERAL migrate._partition_tree(p.origin) r
     WHERE f.migration = m.id AND (p.direction = 'forward' OR m.both_directions);
     PERFORM migrate._undo();
 EXCEPTION WHEN SQLSTATE 'MGUND' THEN

@@ -157,8 +157,9 @@ DECLARE
     way text := CASE WHEN m.phase IN ('cut_over', 'finalized') THEN 'reverse' ELSE 'forward' END;
     f record;
 BEGIN
+    PERFORM migrate._require_whole(m);
     SELECT w.name INTO f FROM migrate._flow w
-    WHERE w.migration = m.id AND NOT EXISTS (SELECT FROM migrate._mapping x WHERE x.flow = w.id AND x.direction = way);
+    WHERE w.migration = m.id AND NOT EXISTS (SELECT FROM migrate._mapping x JOIN pg_class c ON c.oid = x.view WHERE x.flow = w.id AND x.direction = way);
     IF FOUND THEN
         PERFORM migrate._raise('55000', format('flow "%s" has no %s mapping to compare by', f.name, way),
             format('Migration "%s" is in phase %s.', m.name, m.phase));

@@ -21,7 +21,12 @@ LANGUAGE sql STABLE AS $$
         JOIN pg_attribute d ON d.attrelid = (SELECT dest FROM p) AND d.attnum = (SELECT key_dest FROM p)[i]
         JOIN pg_attribute v ON v.attrelid = (SELECT view FROM p) AND v.attnum = (SELECT key_view FROM p)[i]),
     c AS (
-        SELECT n, d.attname AS dest_name, v.attname AS view_name, d.attidentity, u.attnum = ANY (p.key_dest) AS in_key
+        SELECT n, d.attname AS dest_name, v.attname AS view_name, d.attidentity,
+               -- (Of types whose equal values may be stored otherwise, such as 1.0 and 1.00, the key is written too.)
+               u.attnum = ANY (p.key_dest) AND EXISTS (
+                   SELECT FROM pg_index i JOIN pg_opclass o ON o.oid = i.indclass[array_position(p.key_dest, u.attnum) - 1]
+                   JOIN pg_amproc e ON e.amprocfamily = o.opcfamily AND e.amproclefttype = o.opcintype AND e.amprocrighttype = o.opcintype AND e.amprocnum = 4
+                   WHERE i.indexrelid = migrate._key_index(p.dest, p.key_dest) AND o.opcintype NOT IN ('interval'::regtype, 'bpchar'::regtype)) AS in_key
         FROM p, unnest(p.columns) WITH ORDINALITY u(attnum, n)
         JOIN pg_attribute d ON d.attrelid = (SELECT dest FROM p) AND d.attnum = u.attnum
         JOIN pg_attribute v ON v.attrelid = (SELECT view FROM p) AND v.attnum = n)
@@ -58,9 +63,9 @@ DECLARE
     m migrate._migration;
     c migrate._comparison;
     way text;
-    mended bigint := 0;
+    mends boolean := coalesce(execute, false);
 BEGIN
-    IF execute THEN
+    IF mends THEN
         m := migrate._lock(caller, name);
     ELSE
         m := migrate._find(caller, name);
@@ -72,7 +77,7 @@ BEGIN
         RETURN;
     END IF;
     PERFORM migrate._require_found_since_switch(m);
-    IF NOT execute THEN
+    IF NOT mends THEN
         RETURN QUERY SELECT migrate._repair_sql(x, way) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow
             WHERE f.migration = m.id ORDER BY f.id, x.key COLLATE "C";
         RETURN;

@@ -212,6 +212,7 @@ BEGIN
     END IF;
     FOR n IN SELECT DISTINCT u.name, x.id FROM unnest(names) u(name) LEFT JOIN migrate._migration x ON x.name = u.name ORDER BY x.id, u.name LOOP
         m := migrate._lock(caller, n.name);
+        PERFORM migrate._require_whole(m) WHERE m.phase IN ('ready', 'cut_over');
         rehearsal := side = 'source' AND m.phase = 'ready' AND dry_run;
         parts := parts || jsonb_build_object('id', m.id, 'name', m.name, 'phase', m.phase, 'due', migrate._switch_is_due(m, side, rehearsal),
                                              'rehearsal', rehearsal, 'skipped', migrate._skipped_gates(m, skip));

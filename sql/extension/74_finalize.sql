@@ -25,14 +25,18 @@ LANGUAGE sql STABLE AS $$
           FROM migrate._flow f WHERE f.id = ANY (flows) GROUP BY f.source ORDER BY min(f.id)) x
 $$;
 
--- A source goes with the rows that a filter kept out of a target: not without the migration's name. (That the filters of several flows
--- leave no row out together cannot be proven.)
-CREATE FUNCTION migrate._require_no_rows_left_out(m migrate._migration, force text) RETURNS void
+-- A source goes with the rows that a filter kept out of a target, and with columns that were added since define: not without the
+-- migration's name. (That the filters of several flows leave no row out together cannot be proven.)
+CREATE FUNCTION migrate._require_nothing_left_out(m migrate._migration, force text) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
-    lines text;
+    lines text := (SELECT string_agg(c, E'\n') FROM migrate._columns_added(m.id) c);
     flows integer[];
 BEGIN
+    IF lines IS NOT NULL AND force IS DISTINCT FROM m.name THEN
+        PERFORM migrate._raise('55000', format('the source of migration "%s" has columns that are nowhere else', m.name), lines,
+            format('Copy them to where they belong. If they may be lost: SELECT migrate.finalize(%L, drop_source => true, force => %L);', m.name, m.name));
+    END IF;
     SELECT string_agg(l.line, E'\n' ORDER BY l.flow), array_agg(l.flow) INTO lines, flows FROM migrate._rows_left_out(m.id) l;
     IF flows IS NOT NULL AND force IS DISTINCT FROM m.name THEN
         PERFORM migrate._raise('55000', format('the source of migration "%s" may have rows that are nowhere else', m.name), lines,
@@ -73,7 +77,7 @@ DECLARE
     carried boolean;
     keyed boolean;
 BEGIN
-    FOREACH n IN ARRAY names LOOP
+    FOR n IN SELECT u.name FROM unnest(names) WITH ORDINALITY AS u(name, i) GROUP BY u.name ORDER BY min(u.i) LOOP
         SELECT count(DISTINCT a.attrelid), bool_or(NOT p.filtered AND p.reads && ARRAY[a.attnum, 0::int2]), bool_or(a.attnum = ANY (p.key_origin)), min(a.attrelid)::regclass, min(a.attname::text)::name
         INTO hits, carried, keyed, relation, column_name
         FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward' JOIN pg_attribute a ON a.attrelid = f.source
@@ -179,8 +183,9 @@ LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
     did text[] := CASE WHEN dry_run THEN ARRAY(SELECT l || ' is dropped' FROM migrate._finalize_list(m_id) l) ELSE '{}' END;
+    lost text[] := CASE WHEN drop_source THEN ARRAY(SELECT x.line FROM migrate._rows_left_out(m_id) x ORDER BY x.flow) || ARRAY(SELECT migrate._columns_added(m_id)) ELSE '{}' END;
     r record;
-    l record;
+    l text;
 BEGIN
     IF m.phase <> 'finalized' THEN
         -- @point finalize: locks taken
@@ -203,15 +208,15 @@ BEGIN
                                                format('column "%s" of %s', r.column_name, r.relation::regclass), r.relation, r.column_name, dry_run);
         -- @point finalize: column dropped
     END LOOP;
+    FOREACH l IN ARRAY lost LOOP
+        IF NOT dry_run THEN
+            RAISE WARNING '%: they go with the table', l;
+        END IF;
+        did := did || l;
+    END LOOP;
     FOR r IN SELECT DISTINCT f.source AS relation FROM migrate._flow f JOIN pg_class c ON c.oid = f.source
              WHERE f.migration = m_id AND drop_source LOOP
         PERFORM migrate._keep_sequences(r.relation);
-        FOR l IN SELECT x.line FROM migrate._rows_left_out(m_id) x WHERE x.source = r.relation ORDER BY x.flow LOOP
-            IF NOT dry_run THEN
-                RAISE WARNING '%: they go with the table', l.line;
-            END IF;
-            did := did || l.line;
-        END LOOP;
         did := did || migrate._drop_restricted(format('DROP TABLE %s', migrate._relation_name(r.relation)), 'table ' || r.relation::regclass, r.relation, NULL, dry_run);
         -- @point finalize: source dropped
     END LOOP;
@@ -262,7 +267,7 @@ BEGIN
             PERFORM migrate._require_window_closed(m, force);
         END IF;
         IF drop_source THEN
-            PERFORM migrate._require_no_rows_left_out(m, force);
+            PERFORM migrate._require_nothing_left_out(m, force);
         END IF;
     EXCEPTION WHEN object_not_in_prerequisite_state THEN
         IF NOT dry_run THEN
@@ -280,7 +285,7 @@ BEGIN
         ), referenced AS (  -- by a foreign key that goes along, which is dropped on both tables
             SELECT k.confrelid::regclass FROM own JOIN pg_constraint k ON k.contype = 'f' AND k.conrelid = own.r
             WHERE own.old AND (drop_source OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey) AND a.attname = ANY (drop_columns)))
-        ) SELECT array_agg(x.r ORDER BY x.r) INTO tables FROM (SELECT own.r FROM own UNION TABLE referenced) x;
+        ) SELECT coalesce(array_agg(x.r ORDER BY x.r), '{}') INTO tables FROM (SELECT own.r FROM own UNION TABLE referenced) x;
         PERFORM migrate._undo();
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;

@@ -117,7 +117,9 @@ BEGIN
     IF NOT (SELECT rolsuper FROM pg_roles WHERE oid = caller) THEN
         PERFORM migrate._raise('42501', format('role %s may not grant the use of migrate_ext', caller), 'Only a superuser may.', 'Ask a superuser.');
     END IF;
-    IF may IS NULL OR may NOT IN ('operate', 'observe', 'nothing') THEN
+    IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = role) THEN
+        PERFORM migrate._raise('42704', CASE WHEN role IS NULL THEN 'allow needs the name of a role' ELSE format('role with OID %s does not exist', role::oid) END, '', 'SELECT migrate.allow(''data_team'', ''operate'');');
+    ELSIF may IS NULL OR may NOT IN ('operate', 'observe', 'nothing') THEN
         PERFORM migrate._raise('22023', format('"%s" cannot be allowed', may), 'It may be "operate", "observe" or "nothing".', format('SELECT migrate.allow(%L, ''operate'');', role));
     END IF;
     FOR f IN SELECT p.oid::regprocedure AS signature, p.prokind, p.proname IN ('serves', 'get', 'plan', 'preflight', 'mismatches', 'wait', 'md5_agg', 'ordered_md5', 'row_sum', 'checksum', 'range_checksums') AS reads
