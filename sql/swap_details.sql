@@ -251,6 +251,127 @@ SELECT migrate.rollback('m');
 SELECT migrate.cancel('m');
 CALL worked('m', 'cancelled');
 SELECT migrate.drop('m');
+DROP TABLE s, t, clients, lines CASCADE;
+
+-- Kinds of tables: there, back, there again, and the old one goes. What is carried is seen in the catalog, and by an application that goes on.
+CREATE TABLE seen (nr int GENERATED ALWAYS AS IDENTITY, at text, what text);
+CREATE PROCEDURE look(moment text) LANGUAGE sql AS $$
+    INSERT INTO seen (at, what)
+    SELECT moment, concat_ws('; ', c.relname || CASE c.relkind WHEN 'p' THEN ' is partitioned: ' || (SELECT string_agg(p.relid::regclass::text, ', ' ORDER BY p.relid::regclass::text) FROM pg_partition_tree(c.oid) p WHERE p.isleaf) ELSE '' END,
+        'indexes ' || (SELECT string_agg(i.relname || CASE WHEN x.indisreplident THEN ' (replica identity)' ELSE '' END, ', ' ORDER BY i.relname) FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid WHERE x.indrelid = c.oid),
+        'replica identity ' || nullif(c.relreplident::text, 'd'),
+        (SELECT string_agg(a.attname || CASE a.attidentity WHEN 'a' THEN ' always' ELSE ' by default' END || ' from ' || pg_get_serial_sequence(c.oid::regclass::text, a.attname), ', ' ORDER BY a.attnum)
+         FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attidentity <> ''))
+    FROM pg_class c WHERE c.oid IN (to_regclass('s'), to_regclass('t'), to_regclass('s_old')) ORDER BY c.relname
+$$;
+CREATE SEQUENCE ids;
+CREATE PROCEDURE lives(VARIADIC made text[]) LANGUAGE plpgsql AS $$
+DECLARE
+    way text;
+    n integer := 10;
+BEGIN
+    ALTER SEQUENCE ids RESTART;
+    FOREACH way IN ARRAY made LOOP
+        EXECUTE way;
+    END LOOP;
+    INSERT INTO s (v) SELECT g FROM generate_series(1, 6) g;
+    PERFORM migrate.define('m', 's', 't', on_target_delete => 'delete');
+    PERFORM migrate.set('m', 'cutover', 'swap'), migrate.set('m', 'dual_write', 'strict');
+    PERFORM migrate.start('m');
+    COMMIT;
+    CALL worked('m', 'ready');
+    CALL look('before');
+    FOREACH way IN ARRAY '{there,back,there again}'::text[] LOOP
+        COMMIT;
+        PERFORM CASE way WHEN 'back' THEN migrate.rollback('m') ELSE migrate.cutover('m') END;
+        COMMIT;
+        CALL worked('m', CASE way WHEN 'back' THEN 'ready' ELSE 'cut_over' END);
+        CALL look(way);
+        INSERT INTO s (v) VALUES (n), (n + 1);
+        UPDATE s SET v = v + 100 WHERE v IN (2, n);
+        DELETE FROM s WHERE v = n + 1;
+        IF EXISTS (SELECT FROM pg_class c WHERE c.oid IN (to_regclass('s'), to_regclass('s_old')) AND c.relkind = 'p') THEN
+            UPDATE s SET id = id + 100 WHERE v = 3;  -- into another partition, at first
+        END IF;
+        IF way <> 'back' THEN  -- whoever still writes the old table
+            UPDATE s_old SET v = v + 1000 WHERE v = n + 100;
+            INSERT INTO s_old (id, v) OVERRIDING SYSTEM VALUE VALUES (500 + n, 500 + n);
+        END IF;
+        n := n + 10;
+        INSERT INTO seen (at, what) SELECT way, 'rows ' || v.verdict || ': ' || (SELECT string_agg(concat_ws(' ', s.id, s.v), ', ' ORDER BY s.id) FROM s) FROM migrate.validate('m', 'rows') v;
+    END LOOP;
+    COMMIT;
+    PERFORM migrate.finalize('m', drop_source => true, force => 'm'), migrate.drop('m');
+    COMMIT;
+    INSERT INTO s (v) VALUES (99);
+    CALL look('at last');
+    INSERT INTO seen (at, what) SELECT 'at last', 'rows: ' || string_agg(concat_ws(' ', s.id, s.v), ', ' ORDER BY s.id) FROM s;
+END $$;
+\pset format unaligned
+\pset tuples_only on
+-- A partitioned source, to a plain table; a row that moves to another partition.
+CALL lives($$CREATE TABLE s (id int DEFAULT nextval('swap_test.ids') PRIMARY KEY, v int) PARTITION BY RANGE (id)$$,
+    $$CREATE TABLE s_1 PARTITION OF s FOR VALUES FROM (MINVALUE) TO (4)$$,
+    $$CREATE TABLE s_2 PARTITION OF s FOR VALUES FROM (4) TO (MAXVALUE)$$,
+    $$CREATE INDEX s_v ON s (v)$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int)$$,
+    $$CREATE INDEX t_v ON t (v)$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+-- … to a partitioned one, by something else.
+CALL lives($$CREATE TABLE s (id int DEFAULT nextval('swap_test.ids') PRIMARY KEY, v int) PARTITION BY RANGE (id)$$,
+    $$CREATE TABLE s_1 PARTITION OF s FOR VALUES FROM (MINVALUE) TO (4)$$,
+    $$CREATE TABLE s_2 PARTITION OF s FOR VALUES FROM (4) TO (MAXVALUE)$$,
+    $$CREATE INDEX s_v ON s (v)$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int) PARTITION BY HASH (id)$$,
+    $$CREATE TABLE t_1 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 0)$$,
+    $$CREATE TABLE t_2 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 1)$$,
+    $$CREATE INDEX t_v ON t (v)$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+-- GENERATED ALWAYS: the target's column becomes that, …
+CALL lives($$CREATE TABLE s (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v int)$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int)$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+-- … or is that by itself; where dual writes take SQL, too; and an identity beside the key, after a default without a sequence of its own.
+CALL lives($$CREATE TABLE s (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v int)$$,
+    $$CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v int)$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+CALL lives($$CREATE TABLE s (id int GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY, v int)$$,
+    $$CREATE TABLE t (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, v int)$$,
+    $$CREATE TRIGGER noted AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION nothing()$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+CALL lives($$CREATE TABLE s (id int DEFAULT nextval('swap_test.ids') PRIMARY KEY, v int, w int GENERATED BY DEFAULT AS IDENTITY)$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int, w bigint NOT NULL)$$,
+    $$CREATE TRIGGER noted AFTER INSERT ON t FOR EACH ROW EXECUTE FUNCTION nothing()$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+-- The replica identity is an index: the target's that is like it, or one that the target has chosen for itself.
+CALL lives($$CREATE TABLE s (id int DEFAULT nextval('swap_test.ids') PRIMARY KEY, v int NOT NULL CONSTRAINT s_v UNIQUE)$$,
+    $$ALTER TABLE s REPLICA IDENTITY USING INDEX s_v$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int NOT NULL CONSTRAINT t_v UNIQUE)$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+CALL lives($$CREATE TABLE s (id int DEFAULT nextval('swap_test.ids') PRIMARY KEY, v int NOT NULL CONSTRAINT s_v UNIQUE)$$,
+    $$ALTER TABLE s REPLICA IDENTITY USING INDEX s_v$$,
+    $$CREATE TABLE t (id bigint PRIMARY KEY, v int NOT NULL CONSTRAINT t_v UNIQUE)$$,
+    $$CREATE UNIQUE INDEX t_vid ON t (v, id)$$,
+    $$ALTER TABLE t REPLICA IDENTITY USING INDEX t_vid$$);
+SELECT at || ': ' || what FROM seen ORDER BY nr;
+TRUNCATE seen;
+DROP TABLE s;
+\pset tuples_only off
+\pset format aligned
 
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other;

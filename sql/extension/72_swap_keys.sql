@@ -103,6 +103,13 @@ BEGIN
     END IF;
 END $$;
 
+-- To validate a key, PostgreSQL reads both tables as the owner of the one that references, and only to plan that runs what the other's
+-- owner has put into an index of his (a call with constants). That must not be a superuser: he validates such a key himself, if he wants to.
+CREATE FUNCTION migrate._swap_stays_unvalidated(p migrate._swap_pair, k pg_constraint) RETURNS boolean
+LANGUAGE sql STABLE AS $$
+    SELECT migrate._swap_is_valid(k) AND o.rolsuper AND NOT s.rolsuper FROM pg_roles o, pg_roles s WHERE o.oid = migrate._table_owner(k.conrelid) AND s.oid = p.owner
+$$;
+
 CREATE FUNCTION migrate._swap_incoming_keys(m migrate._migration, p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -111,6 +118,7 @@ DECLARE
     x record;
     object text;
     pieces text[];
+    validates boolean;
 BEGIN
     FOR k IN SELECT * FROM pg_constraint c WHERE c.confrelid = p.source AND c.contype = 'f' AND c.conparentid = 0 AND c.conrelid <> p.source ORDER BY c.conrelid::regclass::text, c.conname LOOP
         object := format('foreign key %I of %s', k.conname, k.conrelid::regclass);
@@ -121,10 +129,15 @@ BEGIN
             CONTINUE;
         END IF;
         pieces := ARRAY['ALTER TABLE ', format(' DROP CONSTRAINT %I, ADD CONSTRAINT %1$I %s REFERENCES %s', k.conname, t.head, migrate._swap_name(p))];
+        validates := migrate._swap_is_valid(k) AND NOT migrate._swap_stays_unvalidated(p, k);
+        IF validates IS DISTINCT FROM migrate._swap_is_valid(k) THEN
+            RETURN NEXT migrate._swap_warning(object, format('stays NOT VALID after cutover, and after rollback: its owner %s is a superuser, as whom no worker reads a table of %s', migrate._table_owner(k.conrelid), p.owner),
+                format('ALTER TABLE %s VALIDATE CONSTRAINT %I; afterwards, as its owner, who then runs what %s has put into indexes.', k.conrelid::regclass, k.conname, p.owner));
+        END IF;
         RETURN NEXT migrate._swap_step(11, 'key', object, format('foreign key %I of %s references the new table%s', k.conname, k.conrelid::regclass,
-            CASE WHEN migrate._swap_is_valid(k) THEN ', NOT VALID, and is validated afterwards' ELSE '' END), k.conrelid, migrate._table_owner(k.conrelid),
+            CASE WHEN validates THEN ', NOT VALID, and is validated afterwards' ELSE '' END), k.conrelid, migrate._table_owner(k.conrelid),
             pieces[1:1] || format('%s(%s)%s NOT VALID', pieces[2], migrate._column_list(p.target, migrate._swap_image(p, k.confkey)), t.rest),
-            pieces[1:1] || format('%s%s%s NOT VALID', pieces[2], t.referenced, t.rest), migrate._swap_is_valid(k));
+            pieces[1:1] || format('%s%s%s NOT VALID', pieces[2], t.referenced, t.rest), validates);
         IF obj_description(k.oid, 'pg_constraint') IS NOT NULL THEN
             pieces := ARRAY[format('COMMENT ON CONSTRAINT %I ON ', k.conname), format(' IS %L', obj_description(k.oid, 'pg_constraint'))];
             RETURN NEXT migrate._swap_step(11, 'comment', object, format('the comment of foreign key %I is carried', k.conname), k.conrelid, migrate._table_owner(k.conrelid), pieces, pieces);

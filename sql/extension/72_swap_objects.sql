@@ -112,6 +112,17 @@ LANGUAGE sql STABLE AS $$
             SELECT FROM pg_depend d WHERE d.classid = class AND d.objid = object AND d.refclassid = 'pg_class'::regclass AND d.refobjid = p.target)))
 $$;
 
+-- Somebody else's view or function is read anew as him. Where it names a value of a type that somebody has made of others, that may run
+-- a domain's check, which may be of the table's owner by now.
+CREATE FUNCTION migrate._swap_unsafe_literal(p migrate._swap_pair, owner regrole, class regclass, object oid) RETURNS text
+LANGUAGE sql STABLE AS $$
+    SELECT format('%s would read a value of type %s anew, which may run the check of a domain', owner, min(format_type(t.oid, NULL)))
+    FROM pg_depend d JOIN pg_type t ON t.oid = d.refobjid LEFT JOIN pg_type e ON e.oid = t.typelem AND t.typcategory = 'A' LEFT JOIN pg_type b ON b.oid = t.typbasetype
+    WHERE NOT pg_has_role(p.owner, owner, 'MEMBER') AND d.classid = class AND d.objid = object AND d.refclassid = 'pg_type'::regclass
+      AND (t.typtype IN ('c', 'r', 'm') OR e.typtype IN ('c', 'r', 'm', 'd') OR t.typtype = 'd' AND (b.typtype IN ('c', 'r', 'm') OR b.typcategory = 'A'))
+    HAVING count(*) > 0
+$$;
+
 CREATE FUNCTION migrate._swap_views(m migrate._migration, p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -127,7 +138,7 @@ BEGIN
                     WHEN v.relkind <> 'v' OR (SELECT count(*) FROM pg_rewrite r WHERE r.ev_class = v.oid) > 1 THEN 'it has rules'
                     WHEN v.switched_by IS NOT NULL THEN format('migration "%s" switches it', v.switched_by)
                     WHEN NOT has_schema_privilege(v.owner, v.relnamespace, 'CREATE') THEN format('its owner %s lacks CREATE on its schema', v.owner)
-                    ELSE migrate._swap_unbindable(p, 'pg_rewrite', v.rule) END;
+                    ELSE coalesce(migrate._swap_unbindable(p, 'pg_rewrite', v.rule), migrate._swap_unsafe_literal(p, v.owner, 'pg_rewrite', v.rule)) END;
         IF why IS NOT NULL THEN
             RETURN NEXT migrate._swap_refused(format('%s %s', CASE v.relkind WHEN 'm' THEN 'materialized view' WHEN 'v' THEN 'view' ELSE format('rule %I of', v.rulename) END, v.name), 'cannot read the new table: ' || why,
                 CASE WHEN v.relkind IN ('v', 'm') THEN format('DROP %sVIEW %s;', CASE v.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, v.name)
@@ -148,7 +159,7 @@ BEGIN
     FOR f IN SELECT DISTINCT q.oid, q.oid::regprocedure::text AS name, q.proowner::regrole AS owner, q.pronamespace
              FROM pg_depend d JOIN pg_proc q ON q.oid = d.objid WHERE d.classid = 'pg_proc'::regclass AND d.refclassid = 'pg_class'::regclass AND d.refobjid = p.source ORDER BY 2 LOOP
         why := CASE WHEN NOT has_schema_privilege(f.owner, f.pronamespace, 'CREATE') THEN format('its owner %s lacks CREATE on its schema', f.owner)
-                    ELSE migrate._swap_unbindable(p, 'pg_proc', f.oid) END;
+                    ELSE coalesce(migrate._swap_unbindable(p, 'pg_proc', f.oid), migrate._swap_unsafe_literal(p, f.owner, 'pg_proc', f.oid)) END;
         IF why IS NOT NULL THEN
             RETURN NEXT migrate._swap_refused('function ' || f.name, 'cannot use the new table: ' || why, format('DROP FUNCTION %s; and create it again after cutover, or write its body as a string.', f.name));
         ELSE

@@ -29,7 +29,7 @@ BEGIN
         WHERE b.attgenerated = '' AND (e.oid IS NOT NULL OR a.attidentity <> '') ORDER BY a.attnum
     LOOP
         aside := CASE WHEN c.origin_sequence IS NOT NULL THEN migrate._aside_name(c.origin_sequence, '_old', taken) END;
-        taken := taken || aside;
+        taken := taken || array_remove(ARRAY[aside], NULL);
         IF c.bare AND NOT c.fits THEN
             RETURN NEXT migrate._swap_refused(c.object || ' of ' || p.target, 'has no default, and that of the source is of a type that does not fit', format('ALTER TABLE %s ALTER %I SET DEFAULT …;', p.target, c.dest));
         ELSIF c.bare AND c.identity <> '' AND current_setting('server_version_num')::integer < 170000 AND (SELECT t.relkind FROM pg_class t WHERE t.oid = p.target) = 'p' THEN
@@ -90,7 +90,7 @@ BEGIN
     FROM pg_sequence s, pg_attribute a WHERE s.seqrelid = sequence AND a.attrelid = p.target AND a.attname = dest;
     RETURN QUERY SELECT x.* FROM pg_class c, LATERAL migrate._swap_comment(p, 'SEQUENCE', c.relname, 'pg_class', c.oid, NULL) x WHERE c.oid = sequence;
     FOR g IN SELECT * FROM migrate._swap_missing_grants(sequence, NULL) LOOP
-        RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || sequence, format('%s on sequence %s is granted to %s', g.privilege, sequence, g.grantee), NULL, p.owner,
+        RETURN NEXT migrate._swap_step(3, 'step', 'sequence ' || sequence, format('%s on sequence %s is granted to %s', g.privilege, sequence, g.grantee), p.target, p.owner,
             ARRAY[format('GRANT %s ON SEQUENCE %s TO %s%s', g.privilege, name, g.grantee, g.with_option)], NULL);
     END LOOP;
 END $$;
@@ -118,10 +118,10 @@ LANGUAGE sql STABLE AS $$
     FROM pg_class c WHERE c.oid = relation
 $$;
 
--- An index (or another object with a name in the schema), by its name.
-CREATE FUNCTION migrate._swap_rename_by_name(rank integer, what text, p migrate._swap_pair, name text, becomes text) RETURNS migrate._swap_step
+-- An index (or another object with a name in the schema), by its name. relation: the table whose owner it belongs to; NULL: that of the pair.
+CREATE FUNCTION migrate._swap_rename_by_name(rank integer, what text, p migrate._swap_pair, relation regclass, name text, becomes text) RETURNS migrate._swap_step
 LANGUAGE sql STABLE AS $$
-    SELECT migrate._swap_step(rank, 'step', lower(what) || ' ' || quote_ident(name), format('%s %I is called %I', lower(what), name, becomes), NULL, p.owner,
+    SELECT migrate._swap_step(rank, 'step', lower(what) || ' ' || quote_ident(name), format('%s %I is called %I', lower(what), name, becomes), relation, p.owner,
         ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, name, becomes)], ARRAY[format('ALTER %s %I.%I RENAME TO %I', what, p.schema, becomes, name)])
 $$;
 
@@ -161,8 +161,8 @@ BEGIN
         END IF;
         used := used || twin.indexrelid;
         taken := taken || migrate._aside_name(i.indexrelid, '_old', taken);
-        RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, i.name, taken[cardinality(taken)]);
-        RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, twin.name, i.name);
+        RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, p.source, i.name, taken[cardinality(taken)]);
+        RETURN NEXT migrate._swap_rename_by_name(4, 'INDEX', p, p.target, twin.name, i.name);
         IF i.indisclustered AND NOT EXISTS (SELECT FROM pg_index y WHERE y.indrelid = p.target AND y.indisclustered) THEN
             RETURN NEXT migrate._swap_step(7, 'step', 'index ' || quote_ident(i.name), format('CLUSTER goes by index %I', i.name), p.target, p.owner,
                 ARRAY['ALTER TABLE ', format(' CLUSTER ON %I', i.name)], ARRAY['ALTER TABLE ', ' SET WITHOUT CLUSTER']);
@@ -220,10 +220,10 @@ BEGIN
             CONTINUE;
         END IF;
         used := used || twin.oid;
-        p.owner := s.stxowner;  -- which is not always the table's
-        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
+        p.owner := s.stxowner;  -- which is not always the table's, and stays so when that changes
+        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, NULL, s.stxname, migrate._free_name(s.stxnamespace, s.stxname, '_old', '{}'));
         p.owner := twin.stxowner;
-        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, twin.stxname, s.stxname);
+        RETURN NEXT migrate._swap_rename_by_name(6, 'STATISTICS', p, NULL, twin.stxname, s.stxname);
         RETURN QUERY SELECT * FROM migrate._swap_comment(p, 'STATISTICS', s.stxname, 'pg_statistic_ext', s.oid, twin.oid);
     END LOOP;
 END $$;

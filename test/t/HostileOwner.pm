@@ -10,7 +10,7 @@ use MigrateTest;
 use PostgreSQL::Test::Utils ();
 use Test::More;
 
-our @EXPORT = qw(plant planted_path enter look strangers places as_role $map);
+our @EXPORT = qw(plant planted_path enter look strangers places as_role verb start_and_wait $map);
 
 # Names that must stay names.
 our ($odd, $long) = (qq{"; SELECT lair.spy('', 'name'); --\nx}, 'é' x 31 . 'x');
@@ -156,7 +156,7 @@ SQL
 sub planted_path
 {
 	my ($role) = @_;
-	return "SET search_path = lair, public, pg_catalog;\n" if $role eq 'postgres';
+	return "SET search_path = lair, public, pg_catalog;\n" if $role ne 'mallory';
 	return <<'SQL';
 DO $$
 DECLARE
@@ -213,6 +213,28 @@ sub as_role
 {
 	my ($node, $role, $sql, $db) = @_;
 	return $node->safe_psql($db // 'postgres', $sql, extra_params => [ '-U', $role ]);
+}
+
+# One verb as the role, with the traps set.
+sub verb
+{
+	my ($node, $role, $phase, $sql, %option) = @_;
+	enter($node, "$role: $phase", $option{escape});
+	return as_role($node, $role, planted_path($role) . "\\set QUIET off\n$sql", $option{db});
+}
+
+# In between, a key is locked, so that the copy queues it.
+sub start_and_wait
+{
+	my ($node, $role, $name, %option) = @_;
+	my $locker = background($node, db => $option{db}, user => 'mallory');
+	$locker->query_safe('BEGIN; SELECT FROM lair.s WHERE id = 5 FOR UPDATE');
+	verb($node, $role, 'backfill', "SELECT migrate.start('$name');", escape => 1, %option);
+	wait_for($node, 'a locked key is queued', 'SELECT count(*) > 0 FROM migrate._requeue', 't', $option{db});
+	$locker->query_safe('COMMIT');
+	$locker->quit;
+	wait_phase($node, 'ready', $name, $option{db});
+	return;
 }
 
 1;

@@ -28,33 +28,12 @@ sub write_source
 	return;
 }
 
-# One verb as the role, with the traps set.
-sub verb
-{
-	my ($role, $phase, $sql, %option) = @_;
-	enter($node, "$role: $phase", $option{escape});
-	return as_role($node, $role, planted_path($role) . "\\set QUIET off\n$sql", $option{db});
-}
-
-sub start_and_wait
-{
-	my ($role, $name, %option) = @_;
-	my $locker = background($node, db => $option{db}, user => 'mallory');
-	$locker->query_safe('BEGIN; SELECT FROM lair.s WHERE id = 5 FOR UPDATE');
-	verb($role, 'backfill', "SELECT migrate.start('$name');", escape => 1, %option);
-	wait_for($node, 'a locked key is queued', 'SELECT count(*) > 0 FROM migrate._requeue', 't', $option{db});
-	$locker->query_safe('COMMIT');
-	$locker->quit;
-	wait_phase($node, 'ready', $name, $option{db});
-	return;
-}
-
 sub validate_all
 {
 	my ($role, $name, %option) = @_;
 	for my $method (qw(counts sample ranges checksum rows))
 	{
-		my $verdict = verb($role, "validate $method", "SELECT verdict FROM migrate.validate('$name', '$method');", escape => 1, %option);
+		my $verdict = verb($node, $role, "validate $method", "SELECT verdict FROM migrate.validate('$name', '$method');", escape => 1, %option);
 		like($verdict, qr/equal$/, "$role: validate by $method");
 	}
 	return;
@@ -68,21 +47,21 @@ sub retry_and_repair
 	as_role($node, 'clerk', q{UPDATE lair.s SET "select" = 'bad' WHERE id = 7});
 	is(value($node, 'SELECT min(sqlstate) FROM migrate._failure'), '23514', "$role: the target's refusal is recorded");
 	as_role($node, 'clerk', q{UPDATE lair.s SET "select" = 'good' WHERE id = 7});
-	verb($role, 'retry', "SELECT migrate.retry('$name');", escape => 1);
+	verb($node, $role, 'retry', "SELECT migrate.retry('$name');", escape => 1);
 	wait_for($node, 'failures are retried', 'SELECT count(*) = 0 FROM migrate._failure');
 	enter($node, "$role: damage");
 	as_role($node, 'mallory', q{UPDATE lair.t SET k = 'damage' WHERE id < 4; DELETE FROM lair.t WHERE id = 4});
-	verb($role, 'find damage', "SELECT count(*) FROM migrate.validate('$name');", escape => 1);
-	verb($role, 'repair', "SELECT * FROM migrate.mismatches('$name'); SELECT * FROM migrate.repair('$name'); SELECT * FROM migrate.repair('$name', true); SELECT * FROM migrate.validate('$name');", escape => 1);
+	verb($node, $role, 'find damage', "SELECT count(*) FROM migrate.validate('$name');", escape => 1);
+	verb($node, $role, 'repair', "SELECT * FROM migrate.mismatches('$name'); SELECT * FROM migrate.repair('$name'); SELECT * FROM migrate.repair('$name', true); SELECT * FROM migrate.validate('$name');", escape => 1);
 	return;
 }
 
 sub shadow_reads
 {
 	my ($role, $name) = @_;
-	verb($role, 'shadow', "SELECT migrate.shadow('$name', 1);", escape => 1);
+	verb($node, $role, 'shadow', "SELECT migrate.shadow('$name', 1);", escape => 1);
 	wait_for($node, 'shadow reads', "SELECT coalesce(sum(reads), 0) > 0 FROM migrate.shadow_reads");
-	verb($role, 'shadow off', "SELECT migrate.shadow('$name', 0);");
+	verb($node, $role, 'shadow off', "SELECT migrate.shadow('$name', 0);");
 	return;
 }
 
@@ -94,9 +73,9 @@ sub define
 	my $sql = "SELECT migrate.define('$name', 'lair.s', 'lair.t', \$\$ $map \$\$, filter => \$\$ lair.spy('a', 'filter') IS NOT NULL \$\$,"
 	  . " reverse => \$\$ id, lair.spy(v, 'reverse') AS v, \"user\" AS \"select\", d::text AS d, p \$\$, on_target_delete => 'delete');";
 	as_role($node, $role, "SET search_path = lair, public;\n$sql");
-	verb($role, 'preflight', "SELECT * FROM migrate.preflight('$name'); SELECT migrate.plan('$name'); SELECT migrate.set('$name', 'accept_reverse_gaps', 'on'), migrate.set('$name', 'shadow_time', '1 s');"
+	verb($node, $role, 'preflight', "SELECT * FROM migrate.preflight('$name'); SELECT migrate.plan('$name'); SELECT migrate.set('$name', 'accept_reverse_gaps', 'on'), migrate.set('$name', 'shadow_time', '1 s');"
 		. " SELECT * FROM migrate.get('$name'); SELECT * FROM migrate.migration; SELECT * FROM migrate.progress; SELECT * FROM migrate.failures; SELECT * FROM migrate.events;");
-	verb($role, 'add view', "SELECT migrate.add_view('$name', 'lair.through');");
+	verb($node, $role, 'add view', "SELECT migrate.add_view('$name', 'lair.through');");
 	return;
 }
 
@@ -121,19 +100,19 @@ sub whole_life
 	my ($role, $name) = @_;
 	define($role, $name);
 	as_role($node, 'mallory', 'GRANT SELECT, INSERT, UPDATE, DELETE ON lair.through TO clerk');
-	start_and_wait($role, $name);
+	start_and_wait($node, $role, $name);
 	enter($node, 'dual writes');
 	write_source();
 	use_view('view before');
 	validate_all($role, $name);
 	retry_and_repair($role, $name);
 	shadow_reads($role, $name);
-	verb($role, 'cutover', "SELECT migrate.cutover('$name', dry_run => true); SELECT migrate.cutover('$name');");
+	verb($node, $role, 'cutover', "SELECT migrate.cutover('$name', dry_run => true); SELECT migrate.cutover('$name');");
 	use_view('view after');
-	verb($role, 'validate after', "SELECT * FROM migrate.validate('$name');");
-	verb($role, 'rollback', "SELECT migrate.rollback('$name', dry_run => true); SELECT migrate.rollback('$name'); SELECT migrate.pause('$name'); SELECT migrate.resume('$name');");
-	verb($role, 'cutover again', "SELECT migrate.cutover('$name');");
-	verb($role, 'finalize', "SELECT migrate.finalize('$name', force => '$name'); SELECT migrate.drop('$name');");
+	verb($node, $role, 'validate after', "SELECT * FROM migrate.validate('$name');");
+	verb($node, $role, 'rollback', "SELECT migrate.rollback('$name', dry_run => true); SELECT migrate.rollback('$name'); SELECT migrate.pause('$name'); SELECT migrate.resume('$name');");
+	verb($node, $role, 'cutover again', "SELECT migrate.cutover('$name');");
+	verb($node, $role, 'finalize', "SELECT migrate.finalize('$name', force => '$name'); SELECT migrate.drop('$name');");
 	as_role($node, 'mallory', 'DROP VIEW lair.through; TRUNCATE lair.t');
 	return;
 }
@@ -149,7 +128,7 @@ whole_life('mallory', 'by its owner');
 
 # Given up halfway; and restored by a superuser.
 define('mallory', 'restored');
-start_and_wait('mallory', 'restored');
+start_and_wait($node, 'mallory', 'restored');
 my $dump = $node->basedir . '/dump';
 enter($node, 'restore');
 $node->command_ok([ 'pg_dump', '-Fc', '-f', $dump, '-h', $node->host, '-p', $node->port, 'postgres' ], 'pg_dump');

@@ -38,4 +38,32 @@ is($subscriber->safe_psql('postgres', $rows), $node->safe_psql('postgres', $rows
 is(scalar(() = slurp_file($subscriber->logfile) =~ /duplicate key/g), 0, 'and met none that it had already');
 $subscriber->safe_psql('postgres', 'DROP SUBSCRIPTION onwards');
 
+# All tables, those of the extension among them: none of them lacks what an update or a delete of it takes. A subscriber that has followed
+# from before, and has the extension too, goes on; preflight says what it needs.
+$_->safe_psql('postgres', 'CREATE DATABASE whole') for $node, $subscriber;
+$node->safe_psql('whole', 'CREATE PUBLICATION everything FOR ALL TABLES');
+make_users($_, 0, db => 'whole') for $node, $subscriber;
+$subscriber->safe_psql('whole', 'CREATE SUBSCRIPTION everything CONNECTION $c$' . $node->connstr('whole') . '$c$ PUBLICATION everything');
+wait_for($subscriber, 'the subscription', "SELECT count(*) = 2 FROM pg_subscription_rel WHERE srsubstate = 'r'", 't', 'whole');
+$_->safe_psql('whole', 'CREATE EXTENSION migrate_ext') for $subscriber, $node;
+$node->safe_psql('whole', "INSERT INTO users (name) SELECT 'user ' || g FROM generate_series(1, 100) g");
+define_users($node, db => 'whole');
+like($node->safe_psql('whole', q{SELECT severity, message FROM migrate.preflight('users_to_profiles') WHERE "check" = 'publication'}), qr/^warning\|publication everything publishes the tables of the extension/, 'preflight says that all tables are the extension\'s, too');
+my $locker = background($node, db => 'whole');
+$locker->query_safe('BEGIN; SELECT FROM users WHERE id = 5 FOR UPDATE');
+$node->safe_psql('whole', "SELECT migrate.start('users_to_profiles')");
+wait_for($node, 'a locked key is queued', 'SELECT count(*) > 0 FROM migrate._requeue', 't', 'whole');
+$locker->query_safe('COMMIT');
+$locker->quit;
+wait_phase($node, 'ready', undef, 'whole');
+$node->safe_psql('whole', "UPDATE user_profiles SET bio = 'damage' WHERE user_id = 1; SELECT * FROM migrate.validate('users_to_profiles'); SELECT * FROM migrate.repair('users_to_profiles', true); SELECT * FROM migrate.validate('users_to_profiles')");
+$node->safe_psql('whole', 'SELECT migrate.' . $_) for q{shadow('users_to_profiles', 1)}, q{shadow('users_to_profiles', 0)}, q{cutover('users_to_profiles')}, q{rollback('users_to_profiles')}, q{cutover('users_to_profiles')}, q{finalize('users_to_profiles', force => 'users_to_profiles')}, q{drop('users_to_profiles')};
+$node->wait_for_catchup('everything');
+is($subscriber->safe_psql('whole', 'SELECT count(*) FROM user_profiles'), 100, 'the subscriber of all tables has the rows');
+is(value($node, <<'SQL', 'whole'), '', 'every table of the extension has a replica identity');
+SELECT string_agg(c.relname, ' ' ORDER BY c.relname) FROM pg_class c
+WHERE c.relnamespace = 'migrate'::regnamespace AND c.relkind = 'r' AND c.relpersistence = 'p' AND c.relreplident <> 'f' AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary)
+SQL
+$subscriber->safe_psql('whole', 'DROP SUBSCRIPTION everything');
+
 done_testing();
