@@ -114,12 +114,12 @@ my @others = (
 	again_and_again('vacuum', 1, 'VACUUM users, user_profiles'),
 	again_and_again('analyze', 1.3, 'ANALYZE users, user_profiles'),
 	again_and_again('report', 1.7, 'WITH s AS MATERIALIZED (SELECT pg_sleep(0.3)) SELECT count(*) FROM users, s'));
-# Which statements of the application wait for one of us now: for a lock that it has or, a queue, for one that it waits for itself.
+# Which of the oldest statements of the application wait for one of us now: for a lock that it has or, a queue, for one that it waits for itself.
 my $sampler = again_and_again('sampler', 0.1, <<'SQL' =~ s/\s+/ /gr);
 WITH ours AS MATERIALIZED (SELECT array_agg(pid) AS pids FROM pg_stat_activity WHERE backend_type = 'migrate_ext worker' OR application_name = 'dba')
 SELECT concat_ws(' ', 'look', extract(epoch FROM clock_timestamp()),
-    (SELECT string_agg(format('%s/%s', a.pid, extract(epoch FROM a.query_start)), ' ') FROM pg_stat_activity a, ours
-     WHERE a.usename = 'app' AND a.wait_event_type = 'Lock' AND pg_blocking_pids(a.pid) && ours.pids))
+    (SELECT string_agg(format('%s/%s', a.pid, extract(epoch FROM a.query_start)), ' ') FROM ours,
+        (SELECT * FROM pg_stat_activity WHERE usename = 'app' AND wait_event_type = 'Lock' ORDER BY query_start LIMIT 10) a WHERE pg_blocking_pids(a.pid) && ours.pids))
 SQL
 
 # How many looks there were, in how many somebody waited for us, and for how long a statement was seen to at most, in ms.
