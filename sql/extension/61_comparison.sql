@@ -26,8 +26,7 @@ CREATE TABLE migrate._validation (
     first_snapshot text,
     last_snapshot text,
     verdict    text CHECK (verdict IN ('equal', 'mismatch')),
-    PRIMARY KEY (run, flow)
-);
+    PRIMARY KEY (run, flow));
 COMMENT ON TABLE migrate._validation IS 'one row for each run of a validation and each flow (flows that feed one share of a target are compared together)';
 COMMENT ON COLUMN migrate._validation.phase_since IS 'a run of the worker''s belongs to one stay in phase validating; NULL: a run of validate()';
 COMMENT ON COLUMN migrate._validation.verdict IS 'NULL: not at its end yet';
@@ -57,7 +56,7 @@ CREATE TABLE migrate._mismatch (
     found_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX ON migrate._mismatch (flow);
-ALTER TABLE migrate._mismatch REPLICA IDENTITY FULL;
+ALTER TABLE migrate._mismatch REPLICA IDENTITY FULL;  -- as of _requeue
 COMMENT ON TABLE migrate._mismatch IS 'keys that the latest validation found to differ; never the values';
 COMMENT ON COLUMN migrate._mismatch.columns IS 'the columns that differ; NULL where the mapping fails for the row';
 
