@@ -243,6 +243,14 @@ DROP TABLE swap_test.t;
 SELECT migrate.rollback('m');
 CALL over();
 
+-- NOT NULL of the source alone.
+CREATE TABLE s (id int PRIMARY KEY, v text NOT NULL, w text NOT NULL, x text NOT NULL);
+CREATE TABLE t (id bigint PRIMARY KEY, w text, "V" text, x text NOT NULL);
+SELECT migrate.define('m', 's', 't', 'id, v AS "V", w, x', on_target_delete => 'delete'), migrate.set('m', 'cutover', 'swap');
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ 'NULL';
+SELECT migrate.drop('m');
+DROP TABLE s, t;
+
 DROP SCHEMA swap_test CASCADE;
 DROP ROLE regress_swap_app, regress_swap_other, regress_swap_owner;
 RESET SESSION AUTHORIZATION;

@@ -173,7 +173,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- Checks that say the same are called the same.
+-- Checks that say the same are called the same. (NOT NULL has a name since PostgreSQL 18, which nobody asks for.)
 CREATE FUNCTION migrate._swap_checks(p migrate._swap_pair) RETURNS SETOF migrate._swap_step
 LANGUAGE plpgsql STABLE AS $$
 DECLARE
@@ -181,6 +181,9 @@ DECLARE
     twin name;
     used name[] := ARRAY(SELECT k.conname FROM pg_constraint k JOIN pg_constraint o ON o.conname = k.conname AND o.conrelid = p.source WHERE k.conrelid = p.target);
 BEGIN
+    RETURN QUERY SELECT y.* FROM unnest(p.image) WITH ORDINALITY AS u(dest, origin) JOIN pg_attribute a ON a.attrelid = p.source AND a.attnum = u.origin AND a.attnotnull
+        JOIN pg_attribute b ON b.attrelid = p.target AND b.attnum = u.dest AND NOT b.attnotnull,
+        LATERAL migrate._swap_note(format('NOT NULL of column %I', a.attname), 'stays with the old table: the new one''s column may be NULL, which is not carried back') y ORDER BY a.attnum;
     FOR c IN SELECT k.oid, k.conname, pg_get_expr(k.conbin, k.conrelid) AS says FROM pg_constraint k WHERE k.conrelid = p.source AND k.contype = 'c' ORDER BY k.conname LOOP
         CONTINUE WHEN c.conname = ANY (used);
         twin := (SELECT min(k.conname::text) FROM pg_constraint k WHERE k.conrelid = p.target AND k.contype = 'c' AND k.conname <> ALL (used) AND k.conislocal AND k.coninhcount = 0
