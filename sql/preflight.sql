@@ -99,6 +99,12 @@ SELECT found('publication', 'publication');
 ALTER TABLE t_publication REPLICA IDENTITY USING INDEX t_publication_id_key;
 SELECT found('publication', 'publication');
 DROP PUBLICATION regress_migrate_pub;
+CREATE PUBLICATION regress_migrate_pub FOR ALL TABLES;
+SELECT found('publication', 'publication');
+SELECT migrate.drop('publication');  -- which deletes from every table of the extension's
+DROP PUBLICATION regress_migrate_pub;
+SELECT c.relname AS has_no_replica_identity FROM pg_class c WHERE c.relnamespace = 'migrate'::regnamespace AND c.relkind = 'r' AND c.relreplident <> 'f'
+    AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary);
 SET client_min_messages = warning;
 
 -- key_index, source_key

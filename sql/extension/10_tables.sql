@@ -205,6 +205,7 @@ CREATE TABLE migrate._requeue (
     at   timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX ON migrate._requeue (flow, at);
+ALTER TABLE migrate._requeue REPLICA IDENTITY FULL;  -- for publications of all tables, as of every table here without a primary key
 COMMENT ON TABLE migrate._requeue IS 'keys that a batch skipped because the application held their row lock';
 
 -- Append-only for writers: no unique key, for a conflict here would be a new error in the application's transaction.

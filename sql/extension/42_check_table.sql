@@ -120,6 +120,10 @@ LANGUAGE sql STABLE AS $$
         OR (c.relreplident = 'i' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisreplident AND i.indisvalid))
         OR (c.relreplident = 'd' AND EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisprimary AND i.indimmediate)))
     UNION ALL
+    SELECT 'publication', 'warning', format('publication %s is of all tables, those of schema migrate as well: subscribers that have not this extension stop at its first row', quote_ident(p.pubname)),
+           'CREATE EXTENSION migrate_ext; on each subscriber, which does nothing there; or publish tables by name.'
+    FROM pg_publication p WHERE p.puballtables
+    UNION ALL
     SELECT 'publication', 'info', format('source %s is in publications that target %s is not in: %s', f.source, f.target, p.names),
            format('ALTER PUBLICATION … ADD TABLE %s; before cutover, where subscribers shall follow.', f.target)
     FROM migrate._flow f CROSS JOIN LATERAL (SELECT string_agg(quote_ident(p.pubname), ', ' ORDER BY p.pubname) FROM published p

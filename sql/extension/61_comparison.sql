@@ -57,6 +57,7 @@ CREATE TABLE migrate._mismatch (
     found_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX ON migrate._mismatch (flow);
+ALTER TABLE migrate._mismatch REPLICA IDENTITY FULL;
 COMMENT ON TABLE migrate._mismatch IS 'keys that the latest validation found to differ; never the values';
 COMMENT ON COLUMN migrate._mismatch.columns IS 'the columns that differ; NULL where the mapping fails for the row';
 

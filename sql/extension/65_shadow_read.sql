@@ -47,6 +47,7 @@ CREATE TABLE migrate._shadow_mismatch (
     found_at  timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX ON migrate._shadow_mismatch (flow, direction);
+ALTER TABLE migrate._shadow_mismatch REPLICA IDENTITY FULL;
 COMMENT ON TABLE migrate._shadow_mismatch IS 'keys that shadow reads found to differ, at most 1000 for each run; keys only, never the row';
 
 -- The SQL of one flow's shadow reads. A key is text[] with one element for each column of dest's key index; both reads take
