@@ -33,6 +33,7 @@ SELECT migrate.drop('m');
 SELECT migrate.cutover('m');
 SELECT migrate.drop('m');
 \echo :LAST_ERROR_SQLSTATE
+SELECT migrate.define('m', 'users', 'profiles', 'id AS user_id');
 
 -- the window
 DO $$ BEGIN PERFORM migrate.finalize('m');
@@ -188,6 +189,7 @@ SELECT phone FROM grown;
 SELECT count(*) FROM regexp_split_to_table(migrate.finalize('grown', drop_columns => '{v,v}', dry_run => true), E'\n') l WHERE l LIKE 'column "v"%';
 SELECT regexp_replace(l, '[0-9.]+ ms', 'T ms', 'g') FROM regexp_split_to_table(migrate.finalize('grown', drop_source => true, force => 'grown', dry_run => true), E'\n') l WHERE l ~ 'phone|refused';
 SELECT migrate.finalize('grown', drop_source => true, force => 'grown');
+SELECT count(*) FROM migrate.preflight('grown') p WHERE p.severity = 'error';
 SELECT migrate.drop('grown');
 
 -- What the migration rests on is dropped, as PostgreSQL's own HINT says, by CASCADE: the application's statements go on, no switch passes, and

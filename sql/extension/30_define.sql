@@ -349,8 +349,9 @@ BEGIN
             RETURN format('%s -> %s', m.phase, m.phase);
         END IF;
         PERFORM migrate._raise('42710', format('migration "%s" is already defined, otherwise', name), format('It is in phase %s.', m.phase),
-            format('To define it anew:%s SELECT migrate.drop(%L); to add a second target: SELECT migrate.add_flow(%L, …);',
-                   CASE WHEN m.phase NOT IN ('planned', 'cancelled', 'finalized') THEN format(' SELECT migrate.cancel(%L);', name) ELSE '' END, name, name));
+            format('To define it anew:%s%s SELECT migrate.drop(%L);%s', CASE m.phase WHEN 'cut_over' THEN format(' SELECT migrate.rollback(%L);', name) ELSE '' END,
+                   CASE WHEN m.phase NOT IN ('planned', 'cancelled', 'finalized') THEN format(' SELECT migrate.cancel(%L);', name) ELSE '' END, name,
+                   CASE m.phase WHEN 'planned' THEN format(' to add a second target: SELECT migrate.add_flow(%L, …);', name) ELSE '' END));
     END IF;
     INSERT INTO migrate._migration (name, owner, system_identifier, database_oid)
     VALUES (name, caller, (SELECT system_identifier FROM pg_control_system()), (SELECT oid FROM pg_database WHERE datname = current_database())) RETURNING * INTO m;

@@ -22,11 +22,11 @@ LANGUAGE sql STABLE AS $$
     UNION ALL
     SELECT 'flows', 'error', format('flow "%s" has lost its %s: table with OID %s is gone', f.name, t.part, t.relation::oid), w.hint
     FROM way_out w, migrate._flow f CROSS JOIN LATERAL (VALUES ('source', f.source), ('target', f.target)) AS t(part, relation)
-    WHERE f.migration = m.id AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = t.relation)
+    WHERE f.migration = m.id AND m.phase <> 'finalized' AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = t.relation)
     UNION ALL
     SELECT 'flows', 'error', format('flow "%s" has lost its mapping view', f.name), w.hint
     FROM way_out w, migrate._flow f LEFT JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'forward'
-    WHERE f.migration = m.id AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = p.view)
+    WHERE f.migration = m.id AND m.phase <> 'finalized' AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = p.view)
 $$;
 
 CREATE FUNCTION migrate._check_access(m migrate._migration, caller regrole) RETURNS SETOF migrate._check
