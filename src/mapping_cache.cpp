@@ -16,6 +16,24 @@ void relation_changed(Datum, Oid relid) {
     });
 }
 
+// Whether dest's owner may look into its schema is no part of dest's own definition.
+void schema_changed(Datum, int, uint32) {
+    for_each_entry([](CacheEntry *entry) { entry->stale = true; });
+}
+
+// Where dest, its key or the view is gone, there is nothing any more to be kept equal: gates bar every switch.
+CacheEntry *unless_lost(CacheEntry *entry) {
+    const Mapping *m = entry->mapping;
+    if (!m->lost) return entry;
+    if (m->on_failure == OnFailure::kRecord) return NULL;
+    ereport(ERROR,
+            (errcode(ERRCODE_UNDEFINED_TABLE),
+             errmsg("a dual write from \"%s\" has lost its mapping, or its table", get_rel_name(m->origin)),
+             errdetail("Something was dropped that flow %d rests on, and option dual_write is strict.", m->flow),
+             errhint("SELECT * FROM migrate.preflight(…); tells what; migrate.cancel or migrate.finalize ends it.")));
+    return NULL;
+}
+
 void create_cache() {
     HASHCTL control = {};
     control.keysize = sizeof(CacheKey);
@@ -23,6 +41,7 @@ void create_cache() {
     control.hcxt = CacheMemoryContext;
     cache = hash_create("migrate_ext mappings", 16, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
     CacheRegisterRelcacheCallback(relation_changed, (Datum)0);
+    CacheRegisterSyscacheCallback(NAMESPACEOID, schema_changed, (Datum)0);
 }
 
 }  // namespace
@@ -51,7 +70,13 @@ CacheEntry *find_entry(int32 flow, bool reverse) {
         entry->stale = false;
         entry->mapping = load_mapping(key.flow, key.reverse, Lifetime::kBackend);
     }
-    return entry->mapping ? entry : NULL;
+    return entry->mapping ? unless_lost(entry) : NULL;
+}
+
+Mapping *present_mapping(CacheEntry *entry) {
+    LockRelationOid(entry->mapping->dest, RowExclusiveLock);
+    if (entry->stale) look_at_tables(entry->mapping);
+    return unless_lost(entry) ? entry->mapping : NULL;
 }
 
 CacheEntry *find_entry(const Trigger *trigger) {

@@ -177,21 +177,35 @@ void look_at_virtual_columns(Mapping *m, Relation origin) {
     }
 }
 
-void look_at_tables(Mapping *m) {
-    Relation origin = relation_open(m->origin, AccessShareLock), dest = relation_open(m->dest, AccessShareLock),
-             view = relation_open(m->view, AccessShareLock);
+// Whether dest may refuse a write by what is not one of its own constraints, indexes and triggers: those of partitions
+// or heirs, a partition's bounds, rules, a publication that could not tell which row was changed.
+bool has_ways_of_its_own(Relation dest) {
+    if (dest->rd_rel->relkind != RELKIND_RELATION || dest->rd_rel->relispartition || dest->rd_rel->relhassubclass ||
+        dest->rd_rules)
+        return true;
+    auto is_identified = [dest] {
+        CheckCmdReplicaIdentity(dest, CMD_UPDATE);
+        CheckCmdReplicaIdentity(dest, CMD_DELETE);
+    };
+    return attempt(Undo::kSubtransaction, is_identified) != NULL;
+}
+
+bool keeps_its_key(const Mapping *m, Relation dest) {
+    for (int i = 0; i < m->nkey; i++)
+        if (TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1)->attisdropped) return false;
+    return true;
+}
+
+void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->dest_owner = dest->rd_rel->relowner;
     look_at_virtual_columns(m, origin);
     m->ambiguous = is_ambiguous(m, origin);
     m->partial = is_partial(m, dest);
     m->delete_at_once = references(dest, m->origin);
     m->insert_at_once = references(origin, m->dest);
-    const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m);
+    const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
     m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
-    relation_close(view, AccessShareLock);
-    relation_close(dest, AccessShareLock);
-    relation_close(origin, AccessShareLock);
 }
 
 }  // namespace
@@ -204,6 +218,16 @@ bool owner_may_write(const Mapping *m) {
            may_use_schema(get_rel_namespace(m->view), m->dest_owner);
 }
 
+void look_at_tables(Mapping *m) {
+    Relation origin = relation_open(m->origin, AccessShareLock), dest = try_relation_open(m->dest, AccessShareLock),
+             view = try_relation_open(m->view, AccessShareLock);
+    m->lost = dest == NULL || view == NULL || !keeps_its_key(m, dest);
+    if (!m->lost) look_at(m, origin, dest, view);
+    if (view) relation_close(view, AccessShareLock);
+    if (dest) relation_close(dest, AccessShareLock);
+    relation_close(origin, AccessShareLock);
+}
+
 Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     const bool kept = lifetime == Lifetime::kBackend;
     MemoryContext context = AllocSetContextCreate(CurrentMemoryContext, "migrate_ext mapping", ALLOCSET_SMALL_SIZES);
@@ -212,8 +236,9 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     m->context = context;
     m->kept = kept;
     m->flow = flow, m->reverse = reverse;
-    const bool found = read_mapping(m);
+    bool found = read_mapping(m);
     if (found) look_at_tables(m);
+    if (!kept && m->lost) found = false;
     MemoryContextSwitchTo(old);
     if (!found) {
         MemoryContextDelete(context);

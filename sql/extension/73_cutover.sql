@@ -225,6 +225,19 @@ EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
     RAISE;
 END $$;
 
+-- Raises: there is no way to a side that is gone, whatever gates are skipped.
+CREATE FUNCTION migrate._require_tables(m migrate._migration, side text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    f migrate._flow;
+BEGIN
+    SELECT x.* INTO f FROM migrate._flow x WHERE x.migration = m.id AND (SELECT count(*) FROM pg_class c WHERE c.oid IN (x.source, x.target)) < 2 ORDER BY x.id LIMIT 1;
+    IF FOUND THEN
+        PERFORM migrate._raise('42P01', format('migration "%s" cannot %s: a table of flow "%s" was dropped', m.name, CASE side WHEN 'target' THEN 'cut over' ELSE 'roll back' END, f.name), '',
+            CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
+    END IF;
+END $$;
+
 -- Raises with the gates that do not pass; gives the parts with what is to be locked and where their sequences must go at least.
 CREATE FUNCTION migrate._switch_gates(parts jsonb, caller regrole, side text) RETURNS jsonb
 LANGUAGE plpgsql AS $$
@@ -232,6 +245,7 @@ DECLARE
     p record;
 BEGIN
     FOR p IN SELECT x.*, m AS migration FROM migrate._switch_parts(parts) x JOIN migrate._migration m USING (id) WHERE x.due ORDER BY x.place LOOP
+        PERFORM migrate._require_tables(p.migration, side);
         PERFORM migrate._require_gates(p.migration, caller, CASE WHEN p.rehearsal THEN 'target' ELSE side END, false, p.skipped);
         parts := jsonb_set(parts, ARRAY[p.place::text, 'floors'],
             (SELECT coalesce(jsonb_object_agg(t.sequence::oid::text, t.reached), '{}') FROM migrate._sequence_targets(p.id) t));
