@@ -38,12 +38,19 @@ void view_columns(Sql &sql, const Mapping *m, const char *alias) {
     for (int i = 0; i < m->ncolumns; i++) view_column(sql.comma(i == 0), m, alias, i + 1);
 }
 
-// Calls each(column, is_first) for the columns that are no part of the key; returns how many there are.
+// Whether values that are equal may look different, as 1.0 and 1.00 do: then a key column, too, may be out of date.
+bool may_look_different(const Mapping *m, AttrNumber column) {
+    const TypeCacheEntry *type = lookup_type_cache(get_atttype(m->dest, column), TYPECACHE_BTREE_OPFAMILY);
+    return !OidIsValid(type->btree_opf) || !OidIsValid(get_opfamily_proc(type->btree_opf, type->btree_opintype,
+                                                                         type->btree_opintype, BTEQUALIMAGE_PROC));
+}
+
+// Calls each(column, is_first) for the columns that an update may have to write; returns how many there are.
 template <class Fn>
 int for_each_value_column(const Mapping *m, Fn each) {
     int n = 0;
     for (int i = 0; i < m->ncolumns; i++)
-        if (!is_key(m, &KeyColumn::dest, m->columns[i])) each(i, n++ == 0);
+        if (!is_key(m, &KeyColumn::dest, m->columns[i]) || may_look_different(m, m->columns[i])) each(i, n++ == 0);
     return n;
 }
 
