@@ -199,6 +199,18 @@ ALTER TABLE late DROP COLUMN came;
 SELECT migrate.finalize('late', drop_source => true);
 SELECT string_agg(v, ', ' ORDER BY id) FROM late_new WHERE id > 5;
 SELECT migrate.drop('late');
+-- … nor does cancel keep silent about what a client wrote to the target after the rollback and the source refused
+SET client_min_messages = warning;
+CREATE TABLE early (id int PRIMARY KEY, v text CHECK (v <> 'refused'));
+CREATE TABLE early_new (id int PRIMARY KEY, v text);
+SELECT migrate.define('early', 'early', 'early_new', on_target_delete => 'delete');
+SELECT migrate.start('early');
+SELECT reach('early', 'ready');
+SELECT migrate.cutover('early');
+SELECT migrate.rollback('early');
+INSERT INTO early_new VALUES (1, 'refused'), (2, 'carried'), (3, 'refused');
+SELECT migrate.cancel('early');
+SELECT migrate.drop('early');
 
 SET client_min_messages = warning;
 DROP SCHEMA finalize_test CASCADE;
