@@ -382,6 +382,19 @@ SELECT same('TABLE dual_test.s', 'TABLE dual_test.t'), count(*), (SELECT last_va
 SELECT migrate.drop('many');
 DROP TABLE s, t;
 
+-- Through SQL, too, a key follows that becomes another one which is equal to it.
+CREATE TABLE s (id numeric, at interval, v text, PRIMARY KEY (id, at)); CREATE TABLE t (id numeric, at interval, v text, PRIMARY KEY (id, at));
+CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
+CREATE TRIGGER pass BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION pass();
+INSERT INTO s VALUES (1.0, '1 day', 'v'), (2.0, '1 day', 'v');
+SELECT migrate.define('looks', 's', 't', on_target_delete => 'delete');
+SELECT migrate._path(id, 'forward') FROM migrate._flow;
+SELECT go('looks');
+UPDATE s SET id = 1.00, at = '24 hours' WHERE id = 1; UPDATE s SET id = 2.00, v = 'w' WHERE id = 2;
+SELECT * FROM t ORDER BY id;
+SELECT migrate.drop('looks');
+DROP TABLE s, t;
+
 DROP SCHEMA evil CASCADE;
 DROP SCHEMA dual_test CASCADE;
 DROP ROLE dual_writer, dual_owner;

@@ -168,6 +168,50 @@ SELECT migrate.finalize('split', drop_source => true, force => 'split');
 SELECT to_regclass('person') IS NULL AS gone;
 SELECT migrate.drop('split');
 
+-- what an old client wrote to the source after the cutover and the target refused, and a column that came after define, are nowhere else
+SET client_min_messages = warning;
+CREATE TABLE late (id int PRIMARY KEY, v text);
+CREATE TABLE late_new (id int PRIMARY KEY, v text CHECK (v <> 'refused'));
+INSERT INTO late SELECT g, 'v' FROM generate_series(1, 5) g;
+SELECT migrate.define('late', 'late', 'late_new', on_target_delete => 'delete');
+SELECT migrate.start('late');
+SELECT reach('late', 'ready');
+SELECT migrate.cutover('late');
+SELECT migrate.set('late', 'rollback_window', '0');
+ALTER TABLE late ADD COLUMN came text, ADD COLUMN twice text GENERATED ALWAYS AS (v || v) STORED;
+INSERT INTO late VALUES (6, 'refused', 'later'), (7, 'refused', 'later'), (8, 'carried', 'later');
+SET client_min_messages = notice;
+SELECT r FROM rehearse(true, migration => 'late') r WHERE r ~ '^refused';
+SELECT migrate.finalize('late');
+\echo :LAST_ERROR_SQLSTATE
+SELECT migrate.finalize('late', drop_source => true, force => 'late');
+\echo :LAST_ERROR_SQLSTATE
+BEGIN;
+SELECT migrate.finalize('late', force => 'late');
+ROLLBACK;
+UPDATE late SET v = 'mended' WHERE v = 'refused';
+SET client_min_messages = warning;
+SELECT migrate.retry('late');
+DO $$ BEGIN FOR i IN 1 .. 600 LOOP EXIT WHEN NOT EXISTS (SELECT FROM migrate._failure); PERFORM pg_sleep(0.1); END LOOP; END $$;
+SET client_min_messages = notice;
+SELECT migrate.finalize('late', drop_source => true);
+\echo :LAST_ERROR_SQLSTATE
+ALTER TABLE late DROP COLUMN came;
+SELECT migrate.finalize('late', drop_source => true);
+SELECT string_agg(v, ', ' ORDER BY id) FROM late_new WHERE id > 5;
+SELECT migrate.drop('late');
+-- … nor does cancel keep silent about what a client wrote to the target after the rollback and the source refused
+SET client_min_messages = warning;
+CREATE TABLE early (id int PRIMARY KEY, v text CHECK (v <> 'refused'));
+CREATE TABLE early_new (id int PRIMARY KEY, v text);
+SELECT migrate.define('early', 'early', 'early_new', on_target_delete => 'delete');
+SELECT migrate.start('early');
+SELECT reach('early', 'ready');
+SELECT migrate.cutover('early');
+SELECT migrate.rollback('early');
+INSERT INTO early_new VALUES (1, 'refused'), (2, 'carried'), (3, 'refused');
+SELECT migrate.cancel('early');
+SELECT migrate.drop('early');
 -- a column that was added to the source after define: nobody has been told that it is in no target
 SET client_min_messages = warning;
 CREATE TABLE grown (id int PRIMARY KEY, v text, told text);

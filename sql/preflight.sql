@@ -222,6 +222,12 @@ CREATE TABLE s_fk (id int PRIMARY KEY, o int REFERENCES other ON DELETE CASCADE)
 CREATE TABLE t_fk (id int PRIMARY KEY REFERENCES s_fk ON DELETE CASCADE, o int REFERENCES other ON DELETE CASCADE ON UPDATE SET NULL);
 SELECT migrate.define('fk', 's_fk', 't_fk', 'id, o');
 SELECT found('fk', 'foreign_key_actions');
+-- … and from another table to the source, whose rows the way back deletes where a key of the target changes; a swap moves such keys
+SELECT make('part_of');
+CREATE TABLE part (id int REFERENCES s_part_of ON DELETE CASCADE, o int REFERENCES s_part_of);
+SELECT found('part_of', 'foreign_key_actions');
+SELECT migrate.set('part_of', 'cutover', 'swap');
+SELECT found('part_of', 'foreign_key_actions');
 
 -- triggers
 SELECT make('triggers');

@@ -52,6 +52,7 @@ struct Mapping {
     OnFailure on_failure;
     bool both_directions;  // dest is written by the application too, and carried back
     bool copied_by_place;  // the backfill, under way, reads origin by place: every UPDATE is carried (place_scan.hpp)
+    bool lost;             // dest, its key or the view is gone (DROP … CASCADE), and cannot come back
     bool kept;             // over transactions, until free_mapping
     MemoryContext context;
     DirectChoice *direct;                              // direct_apply.cpp's

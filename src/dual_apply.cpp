@@ -148,6 +148,14 @@ void list_missing(Mapping *m, KeyList *list, MemoryContext result) {
     }
 }
 
+// What was to go from dest cannot even be told: no switch is made until all is validated anew (gate dual_writes).
+void record_gap(const Mapping *m) {
+    const Oid types[1] = {INT4OID};
+    const Datum values[1] = {Int32GetDatum(m->flow)};
+    auto record = [&] { run_sql("UPDATE migrate._flow SET fingerprint = NULL WHERE id = $1", 1, types, values); };
+    with_spi([&] { with_extension_owner(record); });
+}
+
 bool needs_subtransaction(const Mapping *m) {
     return is_guarded(m, Write::kUpsert) || is_guarded(m, Write::kRemove);
 }
@@ -216,7 +224,11 @@ void apply_truncation(Mapping *m) {
     }
     KeyList missing = {};
     MemoryContext result = CurrentMemoryContext;
-    with_spi([&] { list_missing(m, &missing, result); });
+    auto list = [&] { with_spi([&] { list_missing(m, &missing, result); }); };
+    subtransactions++;
+    ErrorData *error = attempt(Undo::kSubtransaction, list);
+    if (error && must_pass_on(m, is_urgent(m, Write::kRemove), error)) ReThrowError(error);
+    if (error) return record_gap(m);
     grant_subtransactions();
     apply_list(m, Write::kRemove, missing);
 }

@@ -32,8 +32,9 @@ void flush(CacheEntry *entry) {
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
     if (touched.left_over) forget_places(&touched.upsert);
     const bool final = is_final(entry);
+    Mapping *m = present_mapping(entry);
     if (final) memset(&entry->touched, 0, sizeof(Touched));
-    Mapping *m = entry->mapping;
+    if (m == NULL) return;
     if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
     apply_touched(m, touched);
     DEBUG_POINT("dual write: upserts done");
@@ -42,7 +43,8 @@ void flush(CacheEntry *entry) {
 
 // What is to be gone before a foreign key's check; the rest is left to the commit.
 void flush_removals(CacheEntry *entry) {
-    Mapping *m = entry->mapping;
+    Mapping *m = present_mapping(entry);
+    if (m == NULL) return;
     const KeyList removed = copy_keys(entry->touched.remove, m);
     if (is_final(entry)) memset(&entry->touched.remove, 0, sizeof(KeyList));
     apply_list(m, Write::kRemove, removed);
@@ -258,7 +260,7 @@ Datum migrate_dual_write_flush(PG_FUNCTION_ARGS) {
 Datum migrate_dual_write_truncate(PG_FUNCTION_ARGS) {
     CacheEntry *entry = find_entry(trigger_data(fcinfo)->tg_trigger);
     if (entry && entry->mapping->carry_delete && !is_echo(entry->mapping)) {
-        apply_truncation(entry->mapping);
+        if (Mapping *m = present_mapping(entry)) apply_truncation(m);
         DEBUG_POINT("dual write: truncate carried");
     }
     return PointerGetDatum(NULL);

@@ -16,6 +16,29 @@ void relation_changed(Datum, Oid relid) {
     });
 }
 
+// Whether dest's owner may look into its schema is no part of dest's own definition.
+void schema_changed(Datum, int, uint32) {
+    for_each_entry([](CacheEntry *entry) { entry->stale = true; });
+}
+
+// Where dest, its key or the view is gone, there is nothing any more to be kept equal: gates bar every switch, and the
+// application's statements go on. Only where they were to fail rather than leave dest behind (strict) they do, as long
+// as there is a dest.
+CacheEntry *unless_lost(CacheEntry *entry) {
+    const Mapping *m = entry->mapping;
+    if (!m->lost) return entry;
+    if (m->on_failure == OnFailure::kRecord || m->reverse || get_rel_name(m->dest) == NULL) return NULL;
+    ereport(
+        ERROR,
+        (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+         errmsg("migration \"%s\" has lost the mapping of \"%s\"", m->migration_name, get_rel_name(m->origin)),
+         errdetail("Its view, or the key of \"%s\", was dropped. Without it nothing can be written there, and option "
+                   "dual_write is strict.",
+                   get_rel_name(m->dest)),
+         errhint("SELECT migrate.cancel(%s); ends the migration.", quote_literal_cstr(m->migration_name))));
+    return NULL;
+}
+
 void create_cache() {
     HASHCTL control = {};
     control.keysize = sizeof(CacheKey);
@@ -23,6 +46,7 @@ void create_cache() {
     control.hcxt = CacheMemoryContext;
     cache = hash_create("migrate_ext mappings", 16, &control, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
     CacheRegisterRelcacheCallback(relation_changed, (Datum)0);
+    CacheRegisterSyscacheCallback(NAMESPACEOID, schema_changed, (Datum)0);
 }
 
 }  // namespace
@@ -51,7 +75,13 @@ CacheEntry *find_entry(int32 flow, bool reverse) {
         entry->stale = false;
         entry->mapping = load_mapping(key.flow, key.reverse, Lifetime::kBackend);
     }
-    return entry->mapping ? entry : NULL;
+    return entry->mapping ? unless_lost(entry) : NULL;
+}
+
+Mapping *present_mapping(CacheEntry *entry) {
+    LockRelationOid(entry->mapping->dest, RowExclusiveLock);
+    if (entry->stale) look_at_tables(entry->mapping);
+    return unless_lost(entry) ? entry->mapping : NULL;
 }
 
 CacheEntry *find_entry(const Trigger *trigger) {

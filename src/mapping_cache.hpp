@@ -17,11 +17,15 @@ struct CacheEntry {
 };
 
 // The entry of a flow and direction; its mapping is read again where it is out of date and not in use. NULL where the
-// mapping is gone.
+// mapping is gone, or (dual_write = best_effort) lost.
 CacheEntry *find_entry(int32 flow, bool reverse);
 
 // The same for a trigger's arguments.
 CacheEntry *find_entry(const Trigger *trigger);
+
+// The entry's mapping, for a write that is to be made now, with the lock that this takes on dest: whoever has changed
+// dest while the statement ran may have made it refuse what it did not before. NULL as above.
+Mapping *present_mapping(CacheEntry *entry);
 
 // False where there are none.
 bool begin_entries(HASH_SEQ_STATUS *scan);

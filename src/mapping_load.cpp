@@ -177,21 +177,35 @@ void look_at_virtual_columns(Mapping *m, Relation origin) {
     }
 }
 
-void look_at_tables(Mapping *m) {
-    Relation origin = relation_open(m->origin, AccessShareLock), dest = relation_open(m->dest, AccessShareLock),
-             view = relation_open(m->view, AccessShareLock);
+// Whether dest may refuse a write by what is not one of its own constraints, indexes and triggers: those of partitions
+// or heirs, a partition's bounds, rules, a publication that could not tell which row was changed.
+bool has_ways_of_its_own(Relation dest) {
+    if (dest->rd_rel->relkind != RELKIND_RELATION || dest->rd_rel->relispartition || dest->rd_rel->relhassubclass ||
+        dest->rd_rules)
+        return true;
+    auto is_identified = [dest] {
+        CheckCmdReplicaIdentity(dest, CMD_UPDATE);
+        CheckCmdReplicaIdentity(dest, CMD_DELETE);
+    };
+    return attempt(Undo::kSubtransaction, is_identified) != NULL;
+}
+
+bool keeps_its_key(const Mapping *m, Relation dest) {
+    for (int i = 0; i < m->nkey; i++)
+        if (TupleDescAttr(RelationGetDescr(dest), m->key[i].dest - 1)->attisdropped) return false;
+    return true;
+}
+
+void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->dest_owner = dest->rd_rel->relowner;
     look_at_virtual_columns(m, origin);
     m->ambiguous = is_ambiguous(m, origin);
     m->partial = is_partial(m, dest);
     m->delete_at_once = references(dest, m->origin);
     m->insert_at_once = references(origin, m->dest);
-    const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m);
+    const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
     m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
-    relation_close(view, AccessShareLock);
-    relation_close(dest, AccessShareLock);
-    relation_close(origin, AccessShareLock);
 }
 
 }  // namespace
@@ -204,29 +218,15 @@ bool owner_may_write(const Mapping *m) {
            may_use_schema(get_rel_namespace(m->view), m->dest_owner);
 }
 
-namespace {
-
-bool is_gone(Oid relation) {
-    return !SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relation));
+void look_at_tables(Mapping *m) {
+    Relation origin = try_relation_open(m->origin, AccessShareLock), dest = try_relation_open(m->dest, AccessShareLock),
+             view = try_relation_open(m->view, AccessShareLock);
+    m->lost = origin == NULL || dest == NULL || view == NULL || !keeps_its_key(m, dest);
+    if (!m->lost) look_at(m, origin, dest, view);
+    if (view) relation_close(view, AccessShareLock);
+    if (dest) relation_close(dest, AccessShareLock);
+    if (origin) relation_close(origin, AccessShareLock);
 }
-
-// Whether somebody has dropped what the mapping rests on: a table, or a column of it, and with it the view, by CASCADE.
-// Then nothing can be written any more, and the gates of a switch say so; the application's statements go on. Only
-// where they were to fail rather than leave dest behind (strict) they do, as long as there is a dest.
-bool is_lost(const Mapping *m) {
-    if (!is_gone(m->view) && !is_gone(m->origin) && !is_gone(m->dest)) return false;
-    if (m->on_failure == OnFailure::kRaise && !m->reverse && !is_gone(m->origin) && !is_gone(m->dest))
-        ereport(ERROR,
-                (errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-                 errmsg("migration \"%s\" has lost the mapping of \"%s\"", m->migration_name, get_rel_name(m->origin)),
-                 errdetail("Its view was dropped. Without it nothing can be written to \"%s\", and option "
-                           "dual_write is strict.",
-                           get_rel_name(m->dest)),
-                 errhint("SELECT migrate.cancel(%s); ends the migration.", quote_literal_cstr(m->migration_name))));
-    return true;
-}
-
-}  // namespace
 
 Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     const bool kept = lifetime == Lifetime::kBackend;
@@ -236,8 +236,9 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     m->context = context;
     m->kept = kept;
     m->flow = flow, m->reverse = reverse;
-    const bool found = read_mapping(m) && !is_lost(m);
+    bool found = read_mapping(m);
     if (found) look_at_tables(m);
+    if (!kept && m->lost) found = false;
     MemoryContextSwitchTo(old);
     if (!found) {
         MemoryContextDelete(context);

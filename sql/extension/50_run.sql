@@ -217,6 +217,7 @@ BEGIN
            throttled_since = NULL, throttled_reason = NULL, both_directions = false
     WHERE x.id = m.id RETURNING * INTO m;
     DELETE FROM migrate._requeue q USING migrate._flow f WHERE f.id = q.flow AND f.migration = m.id;
+    PERFORM migrate._tell_not_carried_back(m);
     DELETE FROM migrate._failure x USING migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     PERFORM migrate._move(m, caller, 'cancelled', format('cancelled by %s', caller));
     -- @point cancel: phase moved
@@ -226,6 +227,19 @@ BEGIN
                                format('SELECT migrate.drop(%L); forgets the migration and removes its views.', m.name));
     PERFORM migrate._leave_rest(m);
     RETURN before || ' -> ' || migrate._state(m.id);
+END $$;
+
+-- After a rollback some client may still have written to a target what its source refused: the record of that goes, but not silently.
+CREATE FUNCTION migrate._tell_not_carried_back(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    w record;
+BEGIN
+    FOR w IN SELECT f.source, f.target, array_agg(DISTINCT x.key::text) AS keys FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow
+             WHERE f.migration = m.id AND x.direction = 'reverse' GROUP BY f.id ORDER BY f.id LOOP
+        RAISE WARNING 'what was written to % rows of % is not in %', cardinality(w.keys), w.target, w.source
+            USING DETAIL = format('Their keys are %s.', array_to_string(w.keys[1:20], ', ') || CASE WHEN cardinality(w.keys) > 20 THEN ', …' ELSE '' END);
+    END LOOP;
 END $$;
 
 -- Flows whose triggers, or whose tables' partitions, are not as they were when the dual writes were armed.

@@ -99,7 +99,8 @@ LANGUAGE plpgsql STABLE AS $$
 DECLARE
     accepted boolean := migrate._opt(m.id, 'accept_reverse_gaps') = 'on';
     one_way text := (SELECT string_agg(f.name, ', ' ORDER BY f.id) FROM migrate._flow f WHERE f.migration = m.id
-                     AND NOT EXISTS (SELECT FROM migrate._mapping p JOIN pg_class c ON c.oid = p.view WHERE p.flow = f.id AND p.direction = 'reverse'));
+                     AND NOT EXISTS (SELECT FROM migrate._mapping p JOIN pg_class v ON v.oid = p.view WHERE p.flow = f.id AND p.direction = 'reverse'
+                                     AND NOT EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = p.dest AND a.attnum = ANY (p.key_dest) AND a.attisdropped)));
     undecided text := (SELECT string_agg(f.name, ', ' ORDER BY f.id) FROM migrate._flow f WHERE f.migration = m.id AND f.on_target_delete IS NULL
                        AND EXISTS (SELECT FROM migrate._mapping p WHERE p.flow = f.id AND p.direction = 'reverse'));
     gaps text := (SELECT string_agg(f.name || ': ' || array_to_string(f.reverse_gaps, '; '), '; ' ORDER BY f.id) FROM migrate._flow f

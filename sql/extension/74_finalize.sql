@@ -44,6 +44,24 @@ BEGIN
     END IF;
 END $$;
 
+-- After cutover some old client may have written to a source what its target refused: with the record of that would go the last trace of
+-- a write that was acknowledged, and with the source the write itself.
+CREATE FUNCTION migrate._require_writes_carried(m migrate._migration, drop_source boolean, force text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    w record;
+BEGIN
+    FOR w IN SELECT f.source, f.target, count(DISTINCT x.key) AS keys, string_agg(DISTINCT x.sqlstate, ', ') AS states
+             FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.direction = 'forward' GROUP BY f.id ORDER BY f.id LOOP
+        IF NOT drop_source AND force IS NOT DISTINCT FROM m.name THEN
+            RAISE WARNING 'what was written to % rows of % is not in %', w.keys, w.source, w.target USING DETAIL = format('It was refused with SQLSTATE %s.', w.states);
+            CONTINUE;
+        END IF;
+        PERFORM migrate._raise('55000', format('what was written to %s rows of %s is not in %s', w.keys, w.source, w.target), format('It was refused with SQLSTATE %s.', w.states),
+            format('SELECT * FROM migrate.failures WHERE migration = %1$L; names them. Mend the rows, or the target, then SELECT migrate.retry(%1$L); or let them stay in the source alone: SELECT migrate.finalize(%1$L, force => %1$L);', m.name));
+    END LOOP;
+END $$;
+
 -- What a filter kept out of a target, one line for each flow that has one and whose source is still there.
 CREATE FUNCTION migrate._rows_left_out(m_id integer) RETURNS TABLE (flow integer, source regclass, line text)
 LANGUAGE sql STABLE AS $$
@@ -178,7 +196,7 @@ BEGIN
 END $$;
 
 -- Under the locks. `columns` is a JSON array of {relation, column_name}. dry_run: gives more lines, and goes on where a DROP is refused.
-CREATE FUNCTION migrate._finalize_now(m_id integer, caller regrole, drop_source boolean, columns jsonb, dry_run boolean) RETURNS text
+CREATE FUNCTION migrate._finalize_now(m_id integer, caller regrole, drop_source boolean, columns jsonb, dry_run boolean, force text) RETURNS text
 LANGUAGE plpgsql AS $$
 DECLARE
     m migrate._migration := (SELECT x FROM migrate._migration x WHERE x.id = m_id);
@@ -189,6 +207,7 @@ DECLARE
 BEGIN
     IF m.phase <> 'finalized' THEN
         -- @point finalize: locks taken
+        PERFORM migrate._require_writes_carried(m, drop_source, force) WHERE NOT dry_run;
         PERFORM migrate._drop_triggers(m, 'forward');
         PERFORM migrate._drop_triggers(m, 'reverse');
         -- @point finalize: triggers dropped
@@ -265,6 +284,7 @@ BEGIN
     BEGIN
         IF m.phase = 'cut_over' THEN
             PERFORM migrate._require_window_closed(m, force);
+            PERFORM migrate._require_writes_carried(m, drop_source, force) WHERE drop_source OR force IS NULL;
         END IF;
         IF drop_source THEN
             PERFORM migrate._require_nothing_left_out(m, force);
@@ -290,7 +310,7 @@ BEGIN
     EXCEPTION WHEN SQLSTATE 'MGUND' THEN NULL;
     END;
     SELECT * INTO done FROM migrate._under_locks(m, caller, 'be finalized', tables, array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
-        format('SELECT migrate._finalize_now(%s, %L, %L, %L, %L)', m.id, caller, drop_source, columns, dry_run),
+        format('SELECT migrate._finalize_now(%s, %L, %L, %L, %L, %L)', m.id, caller, drop_source, columns, dry_run, force),
         clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms', dry_run);
     IF dry_run THEN
         RETURN concat_ws(E'\n', format('%s -> %s (dry run: undone)', m.phase, m.phase), refused, done.result,
