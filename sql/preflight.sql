@@ -228,6 +228,9 @@ CREATE TABLE part (id int REFERENCES s_part_of ON DELETE CASCADE, o int REFERENC
 SELECT found('part_of', 'foreign_key_actions');
 SELECT migrate.set('part_of', 'cutover', 'swap');
 SELECT found('part_of', 'foreign_key_actions');
+SELECT migrate.set('part_of', 'cutover', 'view');
+ALTER TABLE part DROP CONSTRAINT part_id_fkey, ADD FOREIGN KEY (id) REFERENCES s_part_of ON DELETE CASCADE ON UPDATE CASCADE;
+SELECT found('part_of', 'foreign_key_actions');
 
 -- triggers
 SELECT make('triggers');

@@ -259,4 +259,50 @@ BEGIN; SET CONSTRAINTS ALL DEFERRED; INSERT INTO s_2 VALUES (103, 2); PREPARE TR
 SELECT equal(), count(*) FROM t;
 SELECT migrate.drop('deferred');
 DROP TABLE s, t, ref;
+
+-- in the rollback window a row whose key changes is moved on the other side, too: with the columns that are there only, and what references it
+CREATE TABLE s (id int PRIMARY KEY, v text NOT NULL, only_s text);
+CREATE TABLE t (only_t text, id bigint PRIMARY KEY, v text NOT NULL);
+CREATE TABLE child (s int NOT NULL REFERENCES s ON UPDATE CASCADE ON DELETE CASCADE, v text);
+CREATE TABLE strict_child (s int NOT NULL REFERENCES s ON DELETE CASCADE);
+INSERT INTO s SELECT g, 'v' || g, 's of v' || g FROM generate_series(1, 30) g;
+INSERT INTO child SELECT id, v FROM s;
+SELECT migrate.define('moves', 's', 't', on_target_delete => 'delete');
+SELECT arm('moves', 'forward'), arm('moves', 'reverse');
+UPDATE t SET only_t = 't of ' || v;
+UPDATE migrate._migration SET both_directions = true;
+SELECT migrate._invalidate('s'), migrate._invalidate('t');
+CREATE PROCEDURE move(relation text, INOUT moved text) LANGUAGE plpgsql AS $$
+DECLARE
+    statement text;
+BEGIN
+    FOREACH statement IN ARRAY ARRAY[
+        'UPDATE %s SET id = 100 WHERE id = 1',
+        'UPDATE %s SET id = id + 1000, v = v || ''!'' WHERE id BETWEEN 2 AND 6',
+        'UPDATE %s SET id = 200 WHERE id = 10', 'UPDATE %s SET id = 10 WHERE id = 11', 'UPDATE %s SET id = 11 WHERE id = 200',
+        'DELETE FROM %s WHERE id = 12', 'UPDATE %s SET id = id - 1 WHERE id IN (13, 14)',
+        'UPDATE %s SET id = 300 WHERE id = 15; UPDATE %1$s SET id = 301 WHERE id = 300',
+        'WITH gone AS (DELETE FROM %s WHERE id = 16) INSERT INTO %1$s (id, v) VALUES (400, ''new'')'] LOOP
+        EXECUTE format(statement, relation);
+    END LOOP;
+    BEGIN
+        EXECUTE format('UPDATE %s SET id = 500 WHERE id = 17', relation);
+        RAISE EXCEPTION 'undone';
+    EXCEPTION WHEN raise_exception THEN
+    END;
+    EXECUTE format('UPDATE %s SET id = 501 WHERE id = 17', relation);
+    moved := (SELECT format('%s, strangers: %s of s, %s of t, %s children of %s', links_test.same('SELECT id, v FROM links_test.s', 'SELECT id, v FROM links_test.t'),
+        count(*) FILTER (WHERE only_s IS DISTINCT FROM 's of ' || rtrim(s.v, '!') AND s.v <> 'new'),
+        count(*) FILTER (WHERE only_t IS DISTINCT FROM 't of ' || rtrim(t.v, '!') AND t.v <> 'new'),
+        (SELECT count(*) FROM child c JOIN s ON s.id = c.s AND c.v = rtrim(s.v, '!')), (SELECT count(*) FROM child)) FROM s JOIN t USING (id));
+    ROLLBACK;
+END $$;
+CALL move('t', NULL);
+CALL move('s', NULL);
+-- what cannot be moved is written as it was before
+INSERT INTO strict_child VALUES (20);
+UPDATE t SET id = 600 WHERE id = 20;
+SELECT same('SELECT id, v FROM s', 'SELECT id, v FROM t'), (SELECT only_s FROM s WHERE id = 600), (SELECT count(*) FROM strict_child) AS children;
+SELECT migrate.drop('moves');
+DROP TABLE s, t, child, strict_child;
 DROP SCHEMA links_test CASCADE;

@@ -47,6 +47,7 @@ struct Mapping {
     bool carry_delete;       // a key that the view has not is deleted from dest
     bool delete_at_once;     // dest references origin: rows of dest go before the foreign key is checked
     bool insert_at_once;     // origin references dest: rows of dest come before the foreign key is checked
+    bool moves_rows;         // a row whose key changes is moved in dest, too: dest has more of it than is mapped
     bool upsert_may_fail;
     bool delete_may_fail;
     OnFailure on_failure;
@@ -55,8 +56,8 @@ struct Mapping {
     bool lost;             // dest, its key or the view is gone (DROP … CASCADE), and cannot come back
     bool kept;             // over transactions, until free_mapping
     MemoryContext context;
-    DirectChoice *direct;                              // direct_apply.cpp's
-    SPIPlanPtr hold, upsert, update, remove, replace;  // made on first use; kept as long as the mapping is
+    DirectChoice *direct;                                    // direct_apply.cpp's
+    SPIPlanPtr hold, upsert, update, remove, replace, move;  // made on first use; kept as long as the mapping is
 };
 
 // Where the attribute is in the list, from 1; 0 where it is not.

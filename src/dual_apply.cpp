@@ -181,6 +181,27 @@ bool replace(Mapping *m, const Touched &touched) {
     return error == NULL;
 }
 
+// Rows whose key has changed, one by one in the order of the changes, as the statement made them. Only a first step,
+// for the sake of what dest alone has of these rows: what their keys' rows are is applied afterwards, from the state,
+// also where one could not be moved.
+void move_rows(Mapping *m, const Touched &touched, int from, int to) {
+    if (from == to) return;
+    auto step = [&] {
+        with_spi([&] {
+            for (int i = from; i < to; i++)
+                move_row(m, key_arrays(touched.moved_from, m, i, i + 1), key_arrays(touched.moved_to, m, i, i + 1));
+        });
+    };
+    if (m->on_failure == OnFailure::kRaise) return step();
+    subtransactions++;
+    ErrorData *error = attempt(Undo::kSubtransaction, step);
+    if (error && must_pass_on(m, false, error)) ReThrowError(error);
+    if (error == NULL || to - from == 1 || none_left()) return;
+    const int middle = from + (to - from) / 2;
+    move_rows(m, touched, from, middle);
+    move_rows(m, touched, middle, to);
+}
+
 // The worker that retries failures may have ended for want of work. It must not look before they are committed.
 void launch_retry() {
     if (failed_migration == 0) return;
@@ -206,6 +227,7 @@ bool is_exhausted(const Mapping *m) {
 
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.
 void apply_touched(Mapping *m, const Touched &touched) {
+    move_rows(m, touched, 0, touched.moved_from.n);
     if (touched.remove.n > 0 && touched.upsert.n > 0 && replace(m, touched)) return;
     apply_list(m, Write::kRemove, touched.remove);
     DEBUG_POINT("dual write: deletes done");

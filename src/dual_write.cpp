@@ -35,7 +35,9 @@ void flush(CacheEntry *entry) {
     Mapping *m = present_mapping(entry);
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     if (m == NULL) return;
-    if (!final) touched.upsert = copy_keys(touched.upsert, m), touched.remove = copy_keys(touched.remove, m);
+    KeyList *lists[] = {&touched.upsert, &touched.remove, &touched.moved_from, &touched.moved_to};
+    for (KeyList *list : lists)
+        if (!final) *list = copy_keys(*list, m);
     apply_touched(m, touched);
     DEBUG_POINT("dual write: upserts done");
     if (final) MemoryContextDelete(touched.context);
@@ -210,6 +212,10 @@ void note_event(CacheEntry *entry, TriggerData *data) {
             at_once = m->delete_at_once;
         }
         touch(entry, &Touched::upsert, relation, after, &after->tts_tid);
+        if (moved && m->moves_rows) {
+            touch(entry, &Touched::moved_from, relation, row, NULL);
+            touch(entry, &Touched::moved_to, relation, after, NULL);
+        }
         at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
     }
     DEBUG_POINT("dual write: keys noted");

@@ -208,6 +208,18 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     });
 }
 
+void move_row(Mapping *m, KeyArrays from, KeyArrays to) {
+    keep_out_bulk_copies(m);
+    Datum keys[2 * INDEX_MAX_KEYS];
+    memcpy(keys, from, sizeof(Datum) * m->nparams);
+    memcpy(keys + m->nparams, to, sizeof(Datum) * m->nparams);
+    as_dest_owner(m, 0, [&] {
+        run_latest(kept_plan(
+                       m, &m->move, [&](Sql &sql) { move_dest_row(sql, m); }, 2),
+                   keys, NULL);
+    });
+}
+
 // Nobody holds the rivals' keys in origin. So their rows are locked first, and only then, with a newer snapshot, it is
 // seen whether origin has such a key (again): who gives it to a row from now on waits for this lock in his own dual
 // write.

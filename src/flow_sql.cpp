@@ -204,12 +204,12 @@ bool compares_as_it_is(const KeyColumn &key) {
 }
 }  // namespace
 
-char *dest_key_in_params(const Mapping *m) {
+char *dest_key_in_params(const Mapping *m, int first) {
     Sql sql, columns, arrays;
     for (int i = 0; i < m->nparams; i++) {
         const KeyColumn &key = m->key[m->params[i]];
         columns.comma(i == 0).add("d.").column(m->dest, key.dest);
-        arrays.comma(i == 0).addf("$%d", i + 1);
+        arrays.comma(i == 0).addf("$%d", first + i);
         if (!compares_as_it_is(key)) arrays.add("::").type(key.dest_type).add("[]");
     }
     if (m->nparams == 1)
@@ -217,6 +217,18 @@ char *dest_key_in_params(const Mapping *m) {
     else
         sql.add("(").add(columns.c_str()).add(") IN (SELECT * FROM unnest(").add(arrays.c_str()).add("))");
     return pstrdup(sql.add(" AND ").add(dest_share(m)).c_str());
+}
+
+void move_dest_row(Sql &sql, const Mapping *m) {
+    const int to = m->nparams + 1;
+    sql.add("UPDATE ").relation(m->dest).add(" d SET ");
+    for (int i = 0; i < m->nparams; i++) {
+        const KeyColumn &key = m->key[m->params[i]];
+        sql.comma(i == 0).column(m->dest, key.dest).addf(" = ($%d)[1]::", to + i).type(key.dest_type);
+    }
+    sql.add(" WHERE ").add(dest_key_in_params(m)).add(" AND EXISTS (SELECT FROM ").relation(m->view).add(" v WHERE ");
+    sql.add(view_key_in_params(m, to)).add(") AND NOT EXISTS (SELECT FROM ").relation(m->dest).add(" d WHERE ");
+    sql.add(dest_key_in_params(m, to)).add(")");
 }
 
 bool is_only_key(const Mapping *m) {

@@ -15,8 +15,9 @@ void view_key(Sql &sql, const Mapping *m, const char *alias);
 // v.k = ANY($1)   or, for several columns,   (v.k1, v.k2) IN (SELECT * FROM unnest($1, $2)); `first`: instead of $1
 char *view_key_in_params(const Mapping *m, int first = 1);
 
-// d.k = ANY($1::dest_type[]) AND d.constant = '…': this mapping's rows of dest with the keys of the parameters
-char *dest_key_in_params(const Mapping *m);
+// d.k = ANY($1::dest_type[]) AND d.constant = '…': this mapping's rows of dest with the keys of the parameters;
+// `first`: instead of $1
+char *dest_key_in_params(const Mapping *m, int first = 1);
 
 // d.constant = '…' AND …, or true: this mapping's share of dest
 char *dest_share(const Mapping *m);
@@ -33,6 +34,9 @@ void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condi
 
 // Whether the mapping has no columns but the key's: then an upsert finds nothing to write where dest has the row.
 bool is_only_key(const Mapping *m);
+
+// UPDATE dest d SET k = ($2)[1] WHERE d.k = ANY ($1) AND <the view has $2> AND <dest has not>
+void move_dest_row(Sql &sql, const Mapping *m);
 
 // SELECT FROM dest d WHERE <keys of the parameters> FOR NO KEY UPDATE
 void hold_dest_rows(Sql &sql, const Mapping *m);

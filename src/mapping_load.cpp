@@ -196,6 +196,19 @@ bool keeps_its_key(const Mapping *m, Relation dest) {
     return true;
 }
 
+// Whether dest's rows have what deleting one and inserting another would lose: columns of their own, or rows elsewhere
+// that reference them. (No UPDATE gives a key that is GENERATED ALWAYS.)
+bool has_more_than_mapped(const Mapping *m, Relation dest) {
+    bool more = is_referenced(dest);
+    for (int i = 0; i < RelationGetNumberOfAttributes(dest); i++) {
+        const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(dest), i);
+        if (att->attisdropped || att->attgenerated) continue;
+        more = more || position_of(m->columns, m->ncolumns, att->attnum) == 0;
+        if (att->attidentity == ATTRIBUTE_IDENTITY_ALWAYS && is_key(m, &KeyColumn::dest, att->attnum)) return false;
+    }
+    return more;
+}
+
 void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->dest_owner = dest->rd_rel->relowner;
     look_at_virtual_columns(m, origin);
@@ -203,6 +216,8 @@ void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->partial = is_partial(m, dest);
     m->delete_at_once = references(dest, m->origin);
     m->insert_at_once = references(origin, m->dest);
+    // (Until the first cutover there is nothing in dest but what comes from here, and bulk copies keep SQL waiting.)
+    m->moves_rows = m->both_directions && m->carry_delete && !m->ambiguous && has_more_than_mapped(m, dest);
     const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
     m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
@@ -249,7 +264,8 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
 }
 
 void free_mapping(Mapping *mapping) {
-    SPIPlanPtr plans[] = {mapping->hold, mapping->upsert, mapping->update, mapping->remove, mapping->replace};
+    SPIPlanPtr plans[] = {mapping->hold,   mapping->upsert,  mapping->update,
+                          mapping->remove, mapping->replace, mapping->move};
     for (SPIPlanPtr plan : plans)
         if (plan) SPI_freeplan(plan);
     MemoryContextDelete(mapping->context);

@@ -26,11 +26,15 @@ int outermost_level(const Touched &touched) {
 void forget_level(Touched *touched, int nest_level) {
     forget_level(&touched->upsert, nest_level);
     forget_level(&touched->remove, nest_level);
+    forget_level(&touched->moved_from, nest_level);
+    forget_level(&touched->moved_to, nest_level);
 }
 
 void merge_level(Touched *touched, int nest_level) {
     merge_level(&touched->upsert, nest_level);
     merge_level(&touched->remove, nest_level);
+    merge_level(&touched->moved_from, nest_level);
+    merge_level(&touched->moved_to, nest_level);
 }
 
 void append_key(KeyList *list, const Mapping *mapping, const Datum *values, const ItemPointerData *place,

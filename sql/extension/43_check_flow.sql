@@ -218,13 +218,13 @@ LANGUAGE sql STABLE AS $$
     WHERE c.confdeltype IN ('c', 'n', 'd')
     UNION ALL
     -- (A swap takes the keys over to the target.)
-    SELECT 'foreign_key_actions', 'warning', format('foreign key %s of %s to source %s has ON DELETE %s: where a key of the target changes after cutover, its row is deleted from the source and inserted anew, and the action runs',
+    SELECT 'foreign_key_actions', 'warning', format('foreign key %s of %s to source %s has ON DELETE %s and no ON UPDATE: where a key of the target changes after cutover, its row of the source cannot, is deleted and inserted anew, and the action runs',
                quote_ident(c.conname), c.conrelid::regclass, s.source, CASE c.confdeltype WHEN 'c' THEN 'CASCADE' WHEN 'n' THEN 'SET NULL' ELSE 'SET DEFAULT' END),
-           format('If keys of the target ever change: ALTER TABLE %s DROP CONSTRAINT %I; and add it again without the action, before cutover.', c.conrelid::regclass, c.conname)
+           format('If keys of the target ever change: ALTER TABLE %s DROP CONSTRAINT %I; and add it again with ON UPDATE CASCADE, before cutover.', c.conrelid::regclass, c.conname)
     FROM (SELECT DISTINCT f.source FROM migrate._flow f JOIN migrate._mapping p ON p.flow = f.id AND p.direction = 'reverse' JOIN pg_class o ON o.oid = f.source
           WHERE f.migration = m.id AND f.on_target_delete IS DISTINCT FROM 'keep') s
     JOIN pg_constraint c ON c.confrelid = s.source AND c.contype = 'f' AND c.conrelid <> s.source AND c.conparentid = 0
-    WHERE c.confdeltype IN ('c', 'n', 'd') AND migrate._opt(m.id, 'cutover') IS DISTINCT FROM 'swap' AND c.conrelid NOT IN (SELECT t.target FROM t)
+    WHERE c.confdeltype IN ('c', 'n', 'd') AND c.confupdtype IN ('a', 'r') AND migrate._opt(m.id, 'cutover') IS DISTINCT FROM 'swap' AND c.conrelid NOT IN (SELECT t.target FROM t)
 $$;
 
 -- Where the source checks a unique key after the statement and the target row by row, one statement that exchanges values between rows
