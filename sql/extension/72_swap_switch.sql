@@ -67,12 +67,16 @@ LANGUAGE sql STABLE AS $$
     FROM migrate._swapped s, LATERAL (SELECT migrate._swapped_role(s) AS role) r WHERE s.migration = m_id AND NOT pg_has_role(caller, r.role, 'MEMBER')
 $$;
 
--- Who is to undo it: the present owner, where there is one.
+-- Who is to undo it: the present owner, where there is one; of an index, a sequence or a statistics object that the step names.
 CREATE FUNCTION migrate._swapped_role(s migrate._swapped) RETURNS regrole
 LANGUAGE sql STABLE AS $$
     SELECT CASE s.kind WHEN 'publication' THEN s.role
                        WHEN 'function' THEN coalesce((SELECT p.proowner::regrole FROM pg_proc p WHERE p.oid = to_regprocedure(s.object)), s.role)
-                       ELSE coalesce(migrate._table_owner(s.relation), s.role) END
+                       ELSE coalesce(migrate._table_owner(s.relation),
+                                     (SELECT c.relowner::regrole FROM pg_class c WHERE n[1] <> 'STATISTICS' AND c.oid = to_regclass(n[2])),
+                                     (SELECT e.stxowner::regrole FROM pg_statistic_ext e WHERE n[1] = 'STATISTICS' AND format('%I.%I', (SELECT x.nspname FROM pg_namespace x WHERE x.oid = e.stxnamespace), e.stxname) = n[2]),
+                                     s.role) END
+    FROM regexp_match(s.inverse[1], '^(?:ALTER|COMMENT ON) (INDEX|SEQUENCE|STATISTICS) ((?:"(?:[^"]|"")+"|[^" .]+)\.(?:"(?:[^"]|"")+"|[^" .]+))') n
 $$;
 
 -- What the swap locks beside the tables of the flows: views (1), tables that reference or are referenced (2), sequences (3). A foreign key

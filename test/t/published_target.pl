@@ -48,7 +48,7 @@ wait_for($subscriber, 'the subscription', "SELECT count(*) = 2 FROM pg_subscript
 $_->safe_psql('whole', 'CREATE EXTENSION migrate_ext') for $subscriber, $node;
 $node->safe_psql('whole', "INSERT INTO users (name) SELECT 'user ' || g FROM generate_series(1, 100) g");
 define_users($node, db => 'whole');
-like($node->safe_psql('whole', q{SELECT severity, message FROM migrate.preflight('users_to_profiles') WHERE "check" = 'publication'}), qr/^warning\|publication everything publishes the tables of the extension/, 'preflight says that all tables are the extension\'s, too');
+like($node->safe_psql('whole', q{SELECT severity, message FROM migrate.preflight('users_to_profiles') WHERE "check" = 'publication'}), qr/^warning\|publication everything is of all tables, those of schema migrate as well/, 'preflight says that the extension\'s tables are published, too');
 my $locker = background($node, db => 'whole');
 $locker->query_safe('BEGIN; SELECT FROM users WHERE id = 5 FOR UPDATE');
 $node->safe_psql('whole', "SELECT migrate.start('users_to_profiles')");
