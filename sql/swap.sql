@@ -108,18 +108,7 @@ CREATE FUNCTION catalog() RETURNS TABLE (line text) LANGUAGE sql SET search_path
     UNION ALL SELECT format('sequence %s %s owned by %s.%s %s', t.relname, s.seqtypid::regtype, d.refobjid::regclass, d.refobjsubid, d.deptype) FROM t JOIN pg_sequence s ON s.seqrelid = t.oid LEFT JOIN pg_depend d ON d.objid = t.oid AND d.deptype IN ('a', 'i') AND d.classid = 'pg_class'::regclass
     UNION ALL SELECT format('publication %s of %s', p.pubname, t.relname) FROM t JOIN pg_publication_rel r ON r.prrelid = t.oid JOIN pg_publication p ON p.oid = r.prpubid
 $$;
-CREATE PROCEDURE worked(goal text) LANGUAGE plpgsql AS $$
-BEGIN
-    FOR i IN 1 .. 3000 LOOP
-        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = 'm' AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
-            RETURN;
-        END IF;
-        COMMIT;
-        PERFORM pg_sleep(0.02);
-        COMMIT;
-    END LOOP;
-    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
-END $$;
+\i sql/include/swap_worked.sql
 CREATE PROCEDURE applied() LANGUAGE plpgsql AS $$
 BEGIN
     FOR i IN 1 .. 3000 LOOP

@@ -11,18 +11,7 @@ CREATE ROLE regress_swap_other;
 CREATE ROLE regress_swap_owner;
 GRANT USAGE ON SCHEMA swap_test TO regress_swap_app, regress_swap_other;
 GRANT USAGE, CREATE ON SCHEMA swap_test TO regress_swap_owner;
-CREATE PROCEDURE worked(goal text) LANGUAGE plpgsql AS $$
-BEGIN
-    FOR i IN 1 .. 3000 LOOP
-        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = 'm' AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
-            RETURN;
-        END IF;
-        COMMIT;
-        PERFORM pg_sleep(0.02);
-        COMMIT;
-    END LOOP;
-    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
-END $$;
+\i sql/include/swap_worked.sql
 CREATE PROCEDURE ready(source text DEFAULT 's') LANGUAGE plpgsql AS $$
 BEGIN
     PERFORM migrate.define('m', source, 't', on_target_delete => 'delete'), migrate.set('m', 'cutover', 'swap'), migrate.set('m', 'accept_reverse_gaps', 'on'), migrate.start('m');

@@ -8,19 +8,7 @@ SET search_path = swap_test;
 CREATE ROLE regress_swap_app;
 CREATE ROLE regress_swap_other;
 GRANT USAGE ON SCHEMA swap_test TO regress_swap_app, regress_swap_other;
--- Waits for the phase, and until a worker has validated what a switch has added.
-CREATE PROCEDURE worked(migration text, goal text) LANGUAGE plpgsql AS $$
-BEGIN
-    FOR i IN 1 .. 3000 LOOP
-        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = migration AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
-            RETURN;
-        END IF;
-        COMMIT;
-        PERFORM pg_sleep(0.02);
-        COMMIT;
-    END LOOP;
-    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
-END $$;
+\i sql/include/swap_worked.sql
 
 -- Policies of the same name: only one that says the same is taken for the source's, whatever the columns' order.
 CREATE TABLE s (id int PRIMARY KEY, tenant name, v int);
@@ -72,7 +60,7 @@ SELECT migrate.set('m', 'cutover', 'swap');
 CALL told('TO regress_swap_app, regress_swap_other USING (tenant = current_user OR tenant IN (SELECT a.who FROM allowed a WHERE a.id = t.id)) WITH CHECK (id > 0)',
     'TO regress_swap_app, regress_swap_other USING (tenant = current_user OR tenant IN (SELECT a.who FROM allowed a WHERE a.id = t.v)) WITH CHECK (id > 0)');
 SELECT migrate.start('m');
-CALL worked('m', 'ready');
+CALL worked('ready');
 -- What comes after the start, the gate says; the hint helps.
 DROP POLICY own ON t;
 CREATE POLICY own ON t FOR SELECT USING (true);
@@ -85,7 +73,7 @@ SELECT id, tenant FROM s;
 RESET ROLE;
 SELECT migrate.rollback('m');
 SELECT migrate.cancel('m');
-CALL worked('m', 'cancelled');
+CALL worked('cancelled');
 SELECT migrate.drop('m');
 DROP TABLE s, t, allowed;
 DROP PROCEDURE told(text[]);
@@ -103,7 +91,7 @@ BEGIN
     PERFORM migrate.set('m', 'cutover', 'swap');
     PERFORM migrate.start('m');
     COMMIT;
-    CALL worked('m', 'ready');
+    CALL worked('ready');
     CREATE TABLE there_and_back AS SELECT 1 AS nr, 'before' AS at, c.* FROM counts('s') c;
     PERFORM migrate.cutover('m');
     INSERT INTO there_and_back SELECT 2, 'after cutover', * FROM counts('s');
@@ -113,7 +101,7 @@ BEGIN
     INSERT INTO s (v) VALUES (4);
     PERFORM migrate.cancel('m');
     COMMIT;
-    CALL worked('m', 'cancelled');
+    CALL worked('cancelled');
     PERFORM migrate.drop('m');
 END $$;
 CALL swapped('(MAXVALUE 1000 INCREMENT BY 5 START WITH 20 CACHE 3 CYCLE)', 'int', 'bigint');
@@ -147,36 +135,36 @@ SELECT migrate.define('orders', 'orders', 'orders_new', on_target_delete => 'del
 SELECT migrate.define('customers', 'customers', 'customers_new', on_target_delete => 'delete');
 SELECT migrate.set(m, 'cutover', 'swap') FROM unnest('{orders,customers}'::text[]) m;
 SELECT migrate.start(m) FROM unnest('{orders,customers}'::text[]) m;
-CALL worked('orders', 'ready');
-CALL worked('customers', 'ready');
+CALL worked('ready', 'orders');
+CALL worked('ready', 'customers');
 CREATE FUNCTION keys() RETURNS SETOF text LANGUAGE sql AS $$ SELECT conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'f' AND connamespace = 'swap_test'::regnamespace ORDER BY 1 $$;
 SELECT keys();
 SELECT migrate.cutover('{orders,customers}'::text[]);
-CALL worked('orders', 'cut_over');
-CALL worked('customers', 'cut_over');
+CALL worked('cut_over', 'orders');
+CALL worked('cut_over', 'customers');
 SELECT keys();
 SELECT migrate.rollback('{orders,customers}'::text[]);
-CALL worked('orders', 'ready');
-CALL worked('customers', 'ready');
+CALL worked('ready', 'orders');
+CALL worked('ready', 'customers');
 SELECT keys();
 -- There one by one, in the other order; and back one by one, in each order.
 SELECT migrate.cutover('customers');
 SELECT migrate.cutover('orders');
 SELECT migrate.rollback('{customers,orders}'::text[]);
-CALL worked('orders', 'ready');
-CALL worked('customers', 'ready');
+CALL worked('ready', 'orders');
+CALL worked('ready', 'customers');
 SELECT keys();
 SELECT migrate.cutover('{orders,customers}'::text[]);
 SELECT migrate.rollback('orders');
 SELECT migrate.rollback('customers');
-CALL worked('orders', 'ready');
-CALL worked('customers', 'ready');
+CALL worked('ready', 'orders');
+CALL worked('ready', 'customers');
 SELECT keys();
 SELECT migrate.cutover('{orders,customers}'::text[]);
 SELECT migrate.rollback('customers');
 SELECT migrate.rollback('orders');
-CALL worked('orders', 'ready');
-CALL worked('customers', 'ready');
+CALL worked('ready', 'orders');
+CALL worked('ready', 'customers');
 SELECT keys();
 -- A worker that validates a key when another migration's swap renames its table looks again; only what stays so is a failure.
 BEGIN;
@@ -188,8 +176,8 @@ SELECT t.tries, f.wait_ms FROM (VALUES (4)) t(tries), migrate._migration m, LATE
 SELECT failed_reason FROM migrate._migration WHERE name = 'customers';
 ROLLBACK;
 SELECT migrate.cancel(m) FROM unnest('{orders,customers}'::text[]) m;
-CALL worked('orders', 'cancelled');
-CALL worked('customers', 'cancelled');
+CALL worked('cancelled', 'orders');
+CALL worked('cancelled', 'customers');
 SELECT migrate.drop(m) FROM unnest('{orders,customers}'::text[]) m;
 DROP TABLE orders, orders_new, customers, customers_new;
 
@@ -218,9 +206,9 @@ INSERT INTO s SELECT g, 1, g, g, g FROM generate_series(1, 10) g;
 SELECT migrate.define('m', 's', 't', on_target_delete => 'delete');
 SELECT migrate.set('m', 'cutover', 'swap');
 SELECT migrate.start('m');
-CALL worked('m', 'ready');
+CALL worked('ready');
 SELECT migrate.cutover('m');
-CALL worked('m', 'cut_over');
+CALL worked('cut_over');
 DROP INDEX s_w;
 DROP STATISTICS s_stat;
 DROP POLICY mine ON s;
@@ -239,7 +227,7 @@ DROP VIEW shown;
 SET client_min_messages = notice;
 SELECT migrate.rollback('m');
 SET client_min_messages = warning;
-CALL worked('m', 'ready');
+CALL worked('ready');
 SELECT c.relname, i.relname AS index FROM pg_class c JOIN pg_index x ON x.indrelid = c.oid JOIN pg_class i ON i.oid = x.indexrelid WHERE c.oid IN ('s'::regclass, 't'::regclass) ORDER BY 1, 2;
 SELECT tgrelid::regclass, tgname, tgenabled FROM pg_trigger WHERE tgrelid IN ('s'::regclass, 't'::regclass) AND tgname LIKE 'noted%' ORDER BY 1, 2;
 SELECT stxrelid::regclass, stxname FROM pg_statistic_ext WHERE stxnamespace = 'swap_test'::regnamespace;
@@ -249,7 +237,7 @@ SELECT verdict FROM migrate.validate('m');
 SELECT migrate.cutover('m');
 SELECT migrate.rollback('m');
 SELECT migrate.cancel('m');
-CALL worked('m', 'cancelled');
+CALL worked('cancelled');
 SELECT migrate.drop('m');
 DROP TABLE s, t, clients, lines CASCADE;
 
@@ -279,13 +267,13 @@ BEGIN
     PERFORM migrate.set('m', 'cutover', 'swap'), migrate.set('m', 'dual_write', 'strict');
     PERFORM migrate.start('m');
     COMMIT;
-    CALL worked('m', 'ready');
+    CALL worked('ready');
     CALL look('before');
     FOREACH way IN ARRAY '{there,back,there again}'::text[] LOOP
         COMMIT;
         PERFORM CASE way WHEN 'back' THEN migrate.rollback('m') ELSE migrate.cutover('m') END;
         COMMIT;
-        CALL worked('m', CASE way WHEN 'back' THEN 'ready' ELSE 'cut_over' END);
+        CALL worked(CASE way WHEN 'back' THEN 'ready' ELSE 'cut_over' END);
         CALL look(way);
         INSERT INTO s (v) VALUES (n), (n + 1);
         UPDATE s SET v = v + 100 WHERE v IN (2, n);

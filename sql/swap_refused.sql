@@ -15,19 +15,7 @@ CREATE TABLE b (id int PRIMARY KEY, v varchar(10), ww text, nn bigint NOT NULL, 
 CREATE TABLE c (id int PRIMARY KEY, w text);
 \set VERBOSITY default
 
--- Waits for the phase, and until a worker has validated what a switch has added.
-CREATE PROCEDURE worked(goal text) LANGUAGE plpgsql AS $$
-BEGIN
-    FOR i IN 1 .. 3000 LOOP
-        IF EXISTS (SELECT FROM migrate._migration m WHERE m.name = 'm' AND m.phase = goal AND NOT migrate._is_restoring(m.id)) THEN
-            RETURN;
-        END IF;
-        COMMIT;
-        PERFORM pg_sleep(0.02);
-        COMMIT;
-    END LOOP;
-    RAISE EXCEPTION 'not in phase % with foreign keys validated', goal;
-END $$;
+\i sql/include/swap_worked.sql
 
 -- as a whole
 SELECT migrate.define('m', 'a', 'b', 'id, v, w || '''' AS ww, n AS nn', on_target_delete => 'delete');
