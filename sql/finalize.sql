@@ -197,7 +197,7 @@ SET client_min_messages = notice;
 SELECT migrate.finalize('late', drop_source => true);
 \echo :LAST_ERROR_SQLSTATE
 ALTER TABLE late DROP COLUMN came;
-SELECT migrate.finalize('late', drop_source => true);
+SELECT replace(migrate.finalize('late', drop_source => true), 'column twice of table finalize_test.late, ', '') AS finalize;  -- (PostgreSQL 13 names it)
 SELECT string_agg(v, ', ' ORDER BY id) FROM late_new WHERE id > 5;
 SELECT migrate.drop('late');
 -- … nor does cancel keep silent about what a client wrote to the target after the rollback and the source refused
@@ -232,7 +232,7 @@ SELECT phone FROM grown;
 -- (a column that is named twice is dropped once)
 SELECT count(*) FROM regexp_split_to_table(migrate.finalize('grown', drop_columns => '{v,v}', dry_run => true), E'\n') l WHERE l LIKE 'column "v"%';
 SELECT regexp_replace(l, '[0-9.]+ ms', 'T ms', 'g') FROM regexp_split_to_table(migrate.finalize('grown', drop_source => true, force => 'grown', dry_run => true), E'\n') l WHERE l ~ 'phone|refused';
-SELECT migrate.finalize('grown', drop_source => true, force => 'grown');
+SELECT replace(migrate.finalize('grown', drop_source => true, force => 'grown'), 'column made of table finalize_test.grown, ', '') AS finalize;
 SELECT count(*) FROM migrate.preflight('grown') p WHERE p.severity = 'error';
 SELECT migrate.drop('grown');
 

@@ -131,7 +131,7 @@ SELECT message ~ 'stays' = (current_setting('server_version_num')::int >= 150000
 DROP INDEX t_r;
 ALTER TABLE t DROP CONSTRAINT t_a, ADD CONSTRAINT t_a UNIQUE (a) DEFERRABLE, ADD CONSTRAINT t_r EXCLUDE USING gist (r WITH &&);
 CREATE INDEX t_pattern ON t (v text_pattern_ops);
-SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index .*is called s_';
+SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index .*is called s_' AND message !~ '\m[st]_b\M';
 ALTER TABLE t DROP CONSTRAINT t_r, ADD CONSTRAINT t_r EXCLUDE USING gist (r WITH =);
 SELECT message FROM migrate.preflight('m') WHERE "check" = 'swap' AND message ~ '^index s_r';
 SELECT migrate.drop('m');

@@ -351,6 +351,8 @@ sub gives_up
 		is($node->safe_psql('postgres', "SELECT pg_blocking_pids($pid)"), "{$holder}", "$what: but behind who holds the lock");
 	}
 	gate($gate, 1);
+	# An attempt that has begun before still sees the gate open.
+	wait_for($node, "$what: that attempt is over", "SELECT count(*) = 0 FROM pg_locks WHERE pid = $worker AND NOT granted");
 	release();
 	$writer->finish if $writer;
 	is($error, '', "$what: the writer has no error");
