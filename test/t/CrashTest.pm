@@ -208,7 +208,7 @@ sub fresh
 {
 	my ($life, $references) = @_;
 	$life->{number}++;
-	@$life{qw(phase cutovers references emptied expected)} = ('planned', 0, $references, 0, {});
+	@$life{qw(phase cutovers references emptied source_gone expected)} = ('planned', 0, $references, 0, 0, {});
 	my $key = $references ? 'REFERENCES users (id)' : '';
 	return <<"SQL";
 SET client_min_messages = warning;
@@ -264,7 +264,7 @@ sub writes
 {
 	my ($life) = @_;
 	my $n = $life->{writes}++;
-	my ($table, $id, $name) = $life->{phase} =~ /^(cut_over|finalized)$/ ? qw(profile user_id display_name) : qw(users id name);
+	my ($table, $id, $name) = $life->{source_gone} || $life->{phase} =~ /^(cut_over|finalized)$/ ? qw(profile user_id display_name) : qw(users id name);
 	my ($new, $changed, $gone) = (10_000 + $n, 20 + $n % 80, 120 + $n % 80);
 	@{ $life->{expected} }{ $new, $changed, $gone } = ("new $n", "write $n", undef);
 	# Without dual writes a foreign key between the two is the DBA's to drop.
@@ -312,6 +312,7 @@ sub recover
 	# (A row that the target refuses would stay a failure.)
 	$sql .= "UPDATE users SET name = 'mended' WHERE name = 'refused';\n" if $t->{run} =~ /refused/;
 	$life->{phase} = $after;
+	$life->{source_gone} ||= $t->{run} =~ /drop_source/;
 	$life->{cutovers}++ if $after eq 'cut_over' && $t->{from} eq 'ready';
 	@$life{qw(emptied expected)} = (1, {}) if $t->{empties};
 	my $goal = $after eq 'cut_over' ? 'cut_over' : 'ready';
