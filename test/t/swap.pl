@@ -55,7 +55,7 @@ DEALLOCATE p;
 COMMIT;
 SQL
 # (A busy machine gives the application its turns late, and 60 s may not have a moment without it.)
-$node->safe_psql('postgres', "SELECT migrate.set('m', 'cutover_timeout', '170 s')");
+$node->safe_psql('postgres', "SELECT migrate.set('m', 'cutover_timeout', '110 s')");
 my $rounds = $ENV{MIGRATE_LONG} ? 25 : 4;
 for my $round (1 .. $rounds)
 {
@@ -127,6 +127,7 @@ $subscriber->safe_psql('postgres', "CREATE TABLE published (id bigint PRIMARY KE
 wait_for($subscriber, 'the first rows arrive', $rows, '1 before');
 $node->safe_psql('postgres', "SELECT migrate.cutover('p'); INSERT INTO published VALUES (3000000000, 'new'); UPDATE published SET v = 'changed' WHERE id = 1; DELETE FROM published WHERE id = 3000000000; INSERT INTO published VALUES (2, 'new')");
 wait_for($subscriber, 'the rows of the new table arrive', $rows, '1 changed, 2 new');
+wait_for($node, 'what the old table refused is gone', 'SELECT count(*) = 0 FROM migrate._failure');
 $node->safe_psql('postgres', "SELECT migrate.rollback('p'); UPDATE published SET v = 'back' WHERE id = 2");
 wait_for($subscriber, 'and those of the old one again', $rows, '1 changed, 2 back');
 is(value($subscriber, $rows), '1 changed, 2 back', 'subscribers follow the name');
