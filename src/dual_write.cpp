@@ -36,8 +36,8 @@ void flush(CacheEntry *entry) {
     if (final) memset(&entry->touched, 0, sizeof(Touched));
     if (m == NULL) return;
     KeyList *lists[] = {&touched.upsert, &touched.remove, &touched.moved_from, &touched.moved_to};
-    for (KeyList *list : lists)
-        if (!final) *list = copy_keys(*list, m);
+    if (!final)
+        for (KeyList *list : lists) *list = copy_keys(*list, m);
     apply_touched(m, touched);
     DEBUG_POINT("dual write: upserts done");
     if (final) MemoryContextDelete(touched.context);

@@ -115,6 +115,15 @@ bool holds_by_upsert(const Mapping *m) {
     return !m->partial && !is_only_key(m);
 }
 
+// The parameters of a statement that takes two lists of keys.
+KeyArrays both(const Mapping *m, KeyArrays first, KeyArrays second) {
+    const Size size = sizeof(Datum) * m->nparams;
+    KeyArrays keys = (KeyArrays)palloc(2 * size);
+    memcpy(keys, first, size);
+    memcpy(keys + m->nparams, second, size);
+    return keys;
+}
+
 // SQL does not see the rows of a bulk copy that is under way.
 void keep_out_bulk_copies(const Mapping *m) {
     if (!m->reverse) lock_flow(m, ShareLock);
@@ -194,9 +203,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
         return;
     }
     keep_out_bulk_copies(m);
-    Datum keys[2 * INDEX_MAX_KEYS];
-    memcpy(keys, removed, sizeof(Datum) * m->nparams);
-    memcpy(keys + m->nparams, upserted, sizeof(Datum) * m->nparams);
+    KeyArrays keys = both(m, removed, upserted);
     as_dest_owner(m, 0, [&] {
         auto build = [&](Sql &sql) {
             delete_missing(sql.add("WITH removed AS ("), m, dest_key_in_params(m));
@@ -210,9 +217,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
 
 void move_row(Mapping *m, KeyArrays from, KeyArrays to) {
     keep_out_bulk_copies(m);
-    Datum keys[2 * INDEX_MAX_KEYS];
-    memcpy(keys, from, sizeof(Datum) * m->nparams);
-    memcpy(keys + m->nparams, to, sizeof(Datum) * m->nparams);
+    KeyArrays keys = both(m, from, to);
     as_dest_owner(m, 0, [&] {
         run_latest(kept_plan(
                        m, &m->move, [&](Sql &sql) { move_dest_row(sql, m); }, 2),
