@@ -231,6 +231,8 @@ SELECT found('part_of', 'foreign_key_actions');
 SELECT migrate.set('part_of', 'cutover', 'view');
 ALTER TABLE part DROP CONSTRAINT part_id_fkey, ADD FOREIGN KEY (id) REFERENCES s_part_of ON DELETE CASCADE ON UPDATE CASCADE;
 SELECT found('part_of', 'foreign_key_actions');
+ALTER TABLE s_part_of ALTER id ADD GENERATED ALWAYS AS IDENTITY;
+SELECT found('part_of', 'foreign_key_actions');
 
 -- triggers
 SELECT make('triggers');

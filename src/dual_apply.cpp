@@ -181,6 +181,22 @@ bool replace(Mapping *m, const Touched &touched) {
     return error == NULL;
 }
 
+// Whether a foreign key has refused to let go of a key that it would act on the deletion of: deleting the row and
+// inserting it anew, which stands in for a move, would take rows of other tables along that nobody has deleted.
+bool would_act_on_deletion(const ErrorData *error) {
+    if (error->sqlerrcode != ERRCODE_FOREIGN_KEY_VIOLATION || !error->schema_name || !error->table_name ||
+        !error->constraint_name)
+        return false;
+    const Oid table = get_relname_relid(error->table_name, get_namespace_oid(error->schema_name, true));
+    const Oid constraint =
+        OidIsValid(table) ? get_relation_constraint_oid(table, error->constraint_name, true) : InvalidOid;
+    HeapTuple tuple = SearchSysCache1(CONSTROID, ObjectIdGetDatum(constraint));
+    if (!HeapTupleIsValid(tuple)) return false;
+    const char action = ((Form_pg_constraint)GETSTRUCT(tuple))->confdeltype;
+    ReleaseSysCache(tuple);
+    return action != FKCONSTR_ACTION_NOACTION && action != FKCONSTR_ACTION_RESTRICT;
+}
+
 // Rows whose key has changed, one by one in the order of the changes, as the statement made them. Only a first step,
 // for the sake of what dest alone has of these rows: what their keys' rows are is applied afterwards, from the state,
 // also where one could not be moved.
@@ -195,7 +211,7 @@ void move_rows(Mapping *m, const Touched &touched, int from, int to) {
     if (m->on_failure == OnFailure::kRaise) return step();
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error && must_pass_on(m, false, error)) ReThrowError(error);
+    if (error && (must_pass_on(m, false, error) || would_act_on_deletion(error))) ReThrowError(error);
     if (error == NULL || to - from == 1 || none_left()) return;
     const int middle = from + (to - from) / 2;
     move_rows(m, touched, from, middle);
