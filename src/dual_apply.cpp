@@ -148,14 +148,6 @@ void list_missing(Mapping *m, KeyList *list, MemoryContext result) {
     }
 }
 
-// What was to go from dest cannot even be told: no switch is made until all is validated anew (gate dual_writes).
-void record_gap(const Mapping *m) {
-    const Oid types[1] = {INT4OID};
-    const Datum values[1] = {Int32GetDatum(m->flow)};
-    auto record = [&] { run_sql("UPDATE migrate._flow SET fingerprint = NULL WHERE id = $1", 1, types, values); };
-    with_spi([&] { with_extension_owner(record); });
-}
-
 bool needs_subtransaction(const Mapping *m) {
     return is_guarded(m, Write::kUpsert) || is_guarded(m, Write::kRemove);
 }
@@ -235,6 +227,13 @@ void apply_list(Mapping *m, Write write, const KeyList &list) {
         apply_or_record(m, write, list, 0, list.n, NULL, NULL);
     else
         apply_plainly(m, write, list, 0, list.n);
+}
+
+void record_gap(const Mapping *m) {
+    const Oid types[1] = {INT4OID};
+    const Datum values[1] = {Int32GetDatum(m->flow)};
+    auto record = [&] { run_sql("INSERT INTO migrate._gap (flow) VALUES ($1)", 1, types, values); };
+    with_spi([&] { with_extension_owner(record); });
 }
 
 bool is_exhausted(const Mapping *m) {

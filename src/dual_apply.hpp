@@ -15,6 +15,10 @@ void apply_touched(Mapping *mapping, const Touched &touched);
 // TRUNCATE of origin.
 void apply_truncation(Mapping *mapping);
 
+// The target may lack, or have, what nothing will tell of: no switch is made until all is validated anew (gate
+// dual_writes). Nothing is read, which among serializable transactions could be a conflict.
+void record_gap(const Mapping *mapping);
+
 // Whether the statements' share of subtransactions, which best_effort takes, is used up in this transaction.
 bool is_exhausted(const Mapping *mapping);
 

@@ -97,16 +97,24 @@ void at_transaction_end(XactEvent event, void *) {
     }
     if (event != XACT_EVENT_ABORT && event != XACT_EVENT_COMMIT && event != XACT_EVENT_PREPARE) return;
     end_applying_transaction(event == XACT_EVENT_COMMIT);
-    for_each_entry([](CacheEntry *entry) { memset(&entry->touched, 0, sizeof(Touched)); });
+    for_each_entry([event](CacheEntry *entry) {
+        if (entry->gap_level > 0 && event == XACT_EVENT_COMMIT) entry->gap_known = true;
+        entry->gap_level = 0;
+        memset(&entry->touched, 0, sizeof(Touched));
+    });
 }
 
 void at_subtransaction_end(SubXactEvent event, SubTransactionId, SubTransactionId, void *) {
     const int level = GetCurrentTransactionNestLevel();
     for_each_entry([event, level](CacheEntry *entry) {
-        if (event == SUBXACT_EVENT_ABORT_SUB)
+        const bool inside = entry->gap_level >= level;
+        if (event == SUBXACT_EVENT_ABORT_SUB) {
             forget_level(&entry->touched, level);
-        else if (event == SUBXACT_EVENT_COMMIT_SUB)
+            if (inside) entry->gap_level = 0;
+        } else if (event == SUBXACT_EVENT_COMMIT_SUB) {
             merge_level(&entry->touched, level);
+            if (inside) entry->gap_level = level - 1;
+        }
     });
 }
 
@@ -192,6 +200,29 @@ bool is_new(HeapTuple row) {
     return TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(row->t_data));
 }
 
+// Whether a partition has our statement triggers. One that was made or attached since has the row trigger only: its
+// other writes are carried by nobody, and when it is gone again nothing is there to tell that it was.
+bool is_armed(Relation partition, const Trigger *row) {
+    const TriggerDesc *triggers = partition->trigdesc;
+    for (int i = 0; i < triggers->numtriggers; i++) {
+        const Trigger *t = &triggers->triggers[i];
+        if (!TRIGGER_FOR_ROW(t->tgtype) && strncmp(t->tgname, "!migrate_", 9) == 0 && t->tgnargs == 2 &&
+            strcmp(t->tgargs[0], row->tgargs[0]) == 0 && strcmp(t->tgargs[1], row->tgargs[1]) == 0)
+            return true;
+    }
+    return false;
+}
+
+// Once a transaction; and a backend does not repeat it until the dual writes may have been armed again, for a table
+// that nobody looks at for days.
+void look_for_gap(CacheEntry *entry, const TriggerData *data) {
+    if (RelationGetRelid(data->tg_relation) == entry->mapping->origin || entry->gap_level > 0 ||
+        (entry->gap_known && !entry->stale) || is_armed(data->tg_relation, data->tg_trigger))
+        return;
+    record_gap(entry->mapping);
+    entry->gap_level = GetCurrentTransactionNestLevel();
+}
+
 void note_event(CacheEntry *entry, TriggerData *data) {
     const Mapping *m = entry->mapping;
     Relation relation = data->tg_relation;
@@ -251,7 +282,10 @@ using namespace migrate;
 Datum migrate_dual_write_row(PG_FUNCTION_ARGS) {
     TriggerData *data = trigger_data(fcinfo);
     CacheEntry *entry = find_entry(data->tg_trigger);
-    if (entry && !is_echo(entry->mapping)) note_event(entry, data);
+    if (entry && !is_echo(entry->mapping)) {
+        look_for_gap(entry, data);
+        note_event(entry, data);
+    }
     return PointerGetDatum(NULL);
 }
 

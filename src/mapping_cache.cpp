@@ -65,14 +65,14 @@ CacheEntry *find_entry(int32 flow, bool reverse) {
     key.reverse = reverse;
     bool found;
     CacheEntry *entry = (CacheEntry *)hash_search(cache, &key, HASH_ENTER, &found);
-    if (!found) entry->mapping = NULL, entry->stale = false, memset(&entry->touched, 0, sizeof(Touched));
+    if (!found) memset((char *)entry + sizeof(CacheKey), 0, sizeof(CacheEntry) - sizeof(CacheKey));
     const bool unused = entry->touched.upsert.n == 0 && entry->touched.remove.n == 0;
     if (entry->mapping && entry->stale && unused && !is_applying(entry->mapping->migration)) {
         free_mapping(entry->mapping);
         entry->mapping = NULL;
     }
     if (entry->mapping == NULL) {
-        entry->stale = false;
+        entry->stale = entry->gap_known = false;
         entry->mapping = load_mapping(key.flow, key.reverse, Lifetime::kBackend);
     }
     return entry->mapping ? unless_lost(entry) : NULL;

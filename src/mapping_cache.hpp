@@ -13,6 +13,8 @@ struct CacheEntry {
     CacheKey key;
     Mapping *mapping;
     bool stale;
+    int gap_level;   // of the (sub)transaction that has recorded a gap; 0: none
+    bool gap_known;  // this backend has committed such a record since the mapping was read
     Touched touched;
 };
 

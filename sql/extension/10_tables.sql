@@ -227,6 +227,14 @@ COMMENT ON TABLE migrate._failure IS 'keys whose dual write or copy could not be
 COMMENT ON COLUMN migrate._failure.object IS 'the constraint or column that refused it, where the error names one';
 COMMENT ON COLUMN migrate._failure.origin IS 'dual_write or backfill';
 
+-- Append-only for writers, too.
+CREATE TABLE migrate._gap (
+    flow integer NOT NULL,
+    at   timestamptz NOT NULL DEFAULT now()
+);
+ALTER TABLE migrate._gap REPLICA IDENTITY FULL;
+COMMENT ON TABLE migrate._gap IS 'dual writes met what they could not carry, or a partition that has been made since they were armed and may be gone before anybody looks: until they are armed again the flow has a gap';
+
 CREATE TABLE migrate._watch (
     migration integer PRIMARY KEY REFERENCES migrate._migration ON DELETE CASCADE,
     since     timestamptz NOT NULL DEFAULT clock_timestamp(),

@@ -47,7 +47,7 @@ END $$;
 
 -- What must not change while the dual writes are to be without a gap: our triggers (a disabled and re-enabled one has another
 -- xmin) and the partitions they stand on. NULL where a trigger is missing or does not fire always, or its mapping view was dropped, without
--- which it does nothing. Every batch asks for it; PL/pgSQL, so that it is planned once a worker.
+-- which it does nothing, or the dual writes themselves have told of a gap. Every batch asks for it; PL/pgSQL, so that it is planned once a worker.
 CREATE FUNCTION migrate._fingerprint(flow integer) RETURNS text
 LANGUAGE plpgsql STABLE AS $$
 BEGIN
@@ -58,15 +58,22 @@ BEGIN
             JOIN migrate._mapping p ON p.flow = f.id AND (p.direction = 'forward' OR m.both_directions),
                 LATERAL migrate._partition_tree(p.origin) r, unnest(ARRAY['row', 'flush', 'truncate']) kind
             WHERE f.id = _fingerprint.flow)
-        SELECT CASE WHEN count(*) = count(t.oid) THEN md5(string_agg(format('%s %s %s %s', w.relation::oid, w.name, t.xmin, i.xmin), ',' ORDER BY w.relation::oid, w.name)) END
+        SELECT CASE WHEN count(*) = count(t.oid) AND NOT EXISTS (SELECT FROM migrate._gap g WHERE g.flow = _fingerprint.flow) THEN md5(string_agg(format('%s %s %s %s', w.relation::oid, w.name, t.xmin, i.xmin), ',' ORDER BY w.relation::oid, w.name)) END
         FROM wanted w
         LEFT JOIN pg_trigger t ON t.tgrelid = w.relation AND t.tgname = w.name AND t.tgenabled = 'A' AND w.has_view
         LEFT JOIN pg_inherits i ON i.inhrelid = w.relation);
 END $$;
 
--- The dual writes of this migration are without a gap from now on.
+CREATE FUNCTION migrate._has_gap(f migrate._flow) RETURNS boolean
+LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    RETURN coalesce(f.fingerprint <> migrate._fingerprint(f.id), true);
+END $$;
+
+-- The dual writes of this migration are without a gap from now on. The caller holds SHARE ROW EXCLUSIVE on every table that has triggers.
 CREATE FUNCTION migrate._note_fingerprints(m migrate._migration) RETURNS void
 LANGUAGE sql AS $$
+    DELETE FROM migrate._gap g USING migrate._flow f WHERE f.id = g.flow AND f.migration = m.id;
     UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.migration = m.id
 $$;
 

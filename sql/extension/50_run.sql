@@ -242,10 +242,10 @@ BEGIN
     END LOOP;
 END $$;
 
--- Flows whose triggers, or whose tables' partitions, are not as they were when the dual writes were armed.
+-- Flows whose triggers, or whose tables' partitions, are or were not as when the dual writes were armed.
 CREATE FUNCTION migrate._gaps(m_id integer) RETURNS SETOF migrate._flow
 LANGUAGE sql VOLATILE AS $$
-    SELECT f.* FROM migrate._flow f WHERE f.migration = m_id AND f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id)
+    SELECT f.* FROM migrate._flow f WHERE f.migration = m_id AND migrate._has_gap(f)
 $$;
 
 -- Clears the failed flag, makes all failures due and closes gaps in the dual writes.
@@ -337,6 +337,7 @@ BEGIN
         PERFORM migrate._create_triggers(m, 'reverse');
     END IF;
     PERFORM migrate._note_fingerprints(m);
+    PERFORM migrate._invalidate(c.oid) FROM pg_class c JOIN migrate._mapping p ON p.origin = c.oid JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id;  -- who has told of a gap tells of the next
     RETURN 'armed';
 END $$;
 

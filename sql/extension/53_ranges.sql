@@ -22,7 +22,7 @@ DECLARE
     estimated bigint := 0;
 BEGIN
     FOR f IN SELECT * FROM migrate._flow x WHERE x.migration = m.id ORDER BY x.id LOOP
-        IF f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id) THEN
+        IF migrate._has_gap(f) THEN
             PERFORM migrate._fail_gap(m, f.name);
             RETURN;
         END IF;

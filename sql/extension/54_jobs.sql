@@ -24,7 +24,7 @@ BEGIN
     rows := 0;
     wait_ms := 0;
     SELECT * INTO f FROM migrate._flow x WHERE x.id = j.flow;
-    IF f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id) THEN
+    IF migrate._has_gap(f) THEN
         PERFORM migrate._fail_gap(m, f.name);
         RETURN;
     END IF;
@@ -253,7 +253,7 @@ BEGIN
         PERFORM migrate._raise('XX000', 'the backfill is not done: indexes or foreign keys of a target are set aside');
     END IF;
     FOR f IN SELECT * FROM migrate._flow x WHERE x.migration = m.id LOOP
-        IF f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id) THEN
+        IF migrate._has_gap(f) THEN
             PERFORM migrate._fail_gap(m, f.name);
             RETURN;
         ELSIF NOT EXISTS (SELECT FROM migrate._range r WHERE r.flow = f.id)

@@ -36,7 +36,7 @@ BEGIN
             hint := format('SELECT migrate.retry(%L);', m.name);
         WHEN 'dual_writes' THEN
             SELECT 'a trigger or a partition changed since the dual writes were armed, in flow ' || string_agg(f.name, ', ' ORDER BY f.id) INTO problem
-            FROM migrate._flow f WHERE f.migration = m.id AND (f.fingerprint IS NULL OR f.fingerprint IS DISTINCT FROM migrate._fingerprint(f.id));
+            FROM migrate._flow f WHERE f.migration = m.id AND migrate._has_gap(f);
             hint := format('SELECT migrate.retry(%L); arms them again and validates.', m.name);
         WHEN 'failures' THEN
             SELECT format('%s dual writes are not applied', count(*)) INTO problem

@@ -29,7 +29,7 @@ BEGIN
     PERFORM migrate._require_gates(m, caller, side, true, skipped);
     -- @point switch: gates checked again
     IF side = 'target' AND NOT m.both_directions THEN
-        intact := ARRAY(SELECT f.id FROM migrate._flow f WHERE f.migration = m_id AND f.fingerprint = migrate._fingerprint(f.id));
+        intact := ARRAY(SELECT f.id FROM migrate._flow f WHERE f.migration = m_id AND NOT migrate._has_gap(f));
         UPDATE migrate._migration x SET both_directions = true WHERE x.id = m_id RETURNING * INTO m;
         PERFORM migrate._create_triggers(m, 'reverse');
         UPDATE migrate._flow f SET fingerprint = migrate._fingerprint(f.id) WHERE f.id = ANY (intact);

@@ -327,6 +327,7 @@ DECLARE
 BEGIN
     DELETE FROM migrate._failure x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._requeue x WHERE x.flow = ANY (flows);
+    DELETE FROM migrate._gap x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._range x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._deferred x WHERE x.flow = ANY (flows);
     DELETE FROM migrate._view x WHERE x.migration = m_id;

@@ -151,6 +151,8 @@ SQL
 	$node->safe_psql($db, "CREATE TABLE p_6 PARTITION OF p FOR VALUES FROM (5000) TO (6000); INSERT INTO p_6 SELECT g, 'v' FROM generate_series(5000, 5100) g; UPDATE p SET id = id + 5500 WHERE id BETWEEN 5 AND 10");
 	is(differences('SELECT id, v FROM p', 'SELECT id, v FROM q', $db), 0, 'a partition made since is carried');
 	repair_gap($db, 'CREATE of a partition', undef);
+	$node->safe_psql($db, "BEGIN; CREATE TABLE p_7 PARTITION OF p FOR VALUES FROM (7000) TO (8000); INSERT INTO p SELECT g, 'v' FROM generate_series(7000, 7010) g; DROP TABLE p_7; COMMIT");
+	repair_gap($db, 'a partition that was there between two looks only', 'extra');
 	for my $all ('ALL', 'USER')
 	{
 		$node->safe_psql($db, "ALTER TABLE p_1 DISABLE TRIGGER $all; UPDATE p SET v = 'passed by, $all' WHERE id BETWEEN 100 AND 110; ALTER TABLE p_1 ENABLE TRIGGER $all");
