@@ -189,12 +189,16 @@ List *attnums_read(Node *expression) {
     return attnums;
 }
 
+Datum int2_array(Datum *values, int n) {
+    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+}
+
 Datum attnum_array(const List *attnums) {
     Datum *values = (Datum *)palloc(sizeof(Datum) * (list_length(attnums) + 1));
     int n = 0;
     ListCell *cell;
     foreach (cell, attnums) values[n++] = Int16GetDatum(lfirst_int(cell));
-    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
+    return int2_array(values, n);
 }
 
 bool is_dual_write_trigger(const Trigger *t) {

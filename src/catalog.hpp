@@ -89,6 +89,7 @@ bool compares_as_column(Relation relation, Relation index, int i);
 List *attnums_read(Node *expression);
 // The same as int2[].
 Datum attnum_array(const List *attnums);
+Datum int2_array(Datum *values, int n);
 
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);

@@ -19,6 +19,11 @@ bool find_forbidden_function(Node *node, Oid *dest_owner) {
     return walk_expression(node, find_forbidden_function, dest_owner);
 }
 
+// For messages: the context alone takes a time that grows with the square of origin's columns.
+const char *as_text(Node *expr, Oid origin) {
+    return deparse_expression(expr, deparse_context_for(get_rel_name(origin), origin), false, false);
+}
+
 }  // namespace
 
 bool runs_user_code(Node *node, void *context) {
@@ -29,9 +34,8 @@ bool runs_user_code(Node *node, void *context) {
 
 void require_immutable(Node *expr, Oid origin, const char *what, bool may_call_users) {
     if (!contain_mutable_functions(expr)) return;
-    List *context = deparse_context_for(get_rel_name(origin), origin);
     ereport(ERROR, (errcode(ERRCODE_INVALID_OBJECT_DEFINITION), errmsg("%s is not immutable", what),
-                    errdetail("It is: %s", deparse_expression(expr, context, false, false)),
+                    errdetail("It is: %s", as_text(expr, origin)),
                     errhint("Its value must depend on the row alone, not on the time, the session or a setting. "
                             "For example, write "
                             "created_at AT TIME ZONE 'UTC' instead of created_at::timestamp.%s",
@@ -44,14 +48,13 @@ namespace {
 
 // Dual writes and the backfill evaluate the expression at different times, as dest's owner.
 void require_pure(Node *expr, Oid origin, Oid dest, const char *what) {
-    List *context = deparse_context_for(get_rel_name(origin), origin);
     require_immutable(expr, origin, what, true);
     Oid owner = owner_of(dest);
     if (find_forbidden_function(expr, &owner))
         ereport(ERROR,
                 (errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
                  errmsg("%s calls a function that role \"%s\" may not execute", what, GetUserNameFromId(owner, false)),
-                 errdetail("It is: %s", deparse_expression(expr, context, false, false)),
+                 errdetail("It is: %s", as_text(expr, origin)),
                  errhint("Dual writes run as the owner of \"%s\": GRANT EXECUTE ON FUNCTION … TO %s;",
                          get_rel_name(dest), quote_identifier(GetUserNameFromId(owner, false)))));
 }
@@ -146,10 +149,6 @@ void inspect_column(TargetEntry *entry, Relation dest, Oid origin, int i, Report
     report->bare[i] = Int16GetDatum(IsA(expr, Var) && ((Var *)expr)->varattno > 0 ? ((Var *)expr)->varattno : 0);
     report->inverse[i] = Int16GetDatum(invertible_column(expr, att->attnotnull));
     report->constants[i] = constant_text(coerced, &report->constant_null[i]);
-}
-
-Datum int2_array(Datum *values, int n) {
-    return PointerGetDatum(construct_array(values, n, INT2OID, 2, true, TYPALIGN_SHORT));
 }
 
 // Attribute numbers of origin that the query reads: {0} alone where it has a whole-row reference, whatever else it

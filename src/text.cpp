@@ -24,22 +24,23 @@ Sql &Sql::relation(Oid relid) {
     return add(quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)), name));
 }
 
-Sql &Sql::collation(Oid id) {
-    HeapTuple tuple = SearchSysCache1(COLLOID, ObjectIdGetDatum(id));
-    if (!HeapTupleIsValid(tuple)) elog(ERROR, "collation with OID %u does not exist", id);
-    const Form_pg_collation form = (Form_pg_collation)GETSTRUCT(tuple);
-    add(quote_qualified_identifier(get_namespace_name(form->collnamespace), NameStr(form->collname)));
+Sql &Sql::qualified(int cache, Oid id, AttrNumber schema, AttrNumber name) {
+    HeapTuple tuple = SearchSysCache1(cache, ObjectIdGetDatum(id));
+    if (!HeapTupleIsValid(tuple)) elog(ERROR, "cache %d has no object with OID %u", cache, id);
+    bool isnull;
+    const Oid schema_oid = DatumGetObjectId(SysCacheGetAttr(cache, tuple, schema, &isnull));
+    const Name own = DatumGetName(SysCacheGetAttr(cache, tuple, name, &isnull));
+    add(quote_qualified_identifier(get_namespace_name(schema_oid), NameStr(*own)));
     ReleaseSysCache(tuple);
     return *this;
 }
 
+Sql &Sql::collation(Oid id) {
+    return qualified(COLLOID, id, Anum_pg_collation_collnamespace, Anum_pg_collation_collname);
+}
+
 Sql &Sql::opclass(Oid id) {
-    HeapTuple tuple = SearchSysCache1(CLAOID, ObjectIdGetDatum(id));
-    if (!HeapTupleIsValid(tuple)) elog(ERROR, "operator class with OID %u does not exist", id);
-    const Form_pg_opclass form = (Form_pg_opclass)GETSTRUCT(tuple);
-    add(quote_qualified_identifier(get_namespace_name(form->opcnamespace), NameStr(form->opcname)));
-    ReleaseSysCache(tuple);
-    return *this;
+    return qualified(CLAOID, id, Anum_pg_opclass_opcnamespace, Anum_pg_opclass_opcname);
 }
 
 }  // namespace migrate

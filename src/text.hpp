@@ -29,6 +29,8 @@ public:
     const char *c_str() const { return buffer_.data; }
 
 private:
+    // "schema"."name" of what a system cache has under an OID, by the two columns that say so.
+    Sql &qualified(int cache, Oid id, AttrNumber schema, AttrNumber name);
     StringInfoData buffer_;
 };
 
