@@ -79,74 +79,6 @@ CREATE TYPE migrate._comparison AS (
     key text,               -- the key as text[], for _mismatch
     "on" text, key_order text, key_text text);
 
--- The type that a column has under its domains, whose checks are not for a validation to run.
-CREATE FUNCTION migrate._plain_type(INOUT type oid, INOUT typmod integer, OUT name text)
-LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    t pg_type;
-BEGIN
-    LOOP
-        SELECT * INTO t FROM pg_type WHERE oid = type;
-        EXIT WHEN t.typtype <> 'd';
-        type := t.typbasetype;
-        typmod := t.typtypmod;
-    END LOOP;
-    name := format_type(type, typmod);
-END $$;
-
--- A value as an assignment to a column of this type would store it. A cast does the same, but that it cuts what is too long, where
--- an assignment raises an error: such a value, which no row of the column can have, stays as it is, and differs from all.
-CREATE FUNCTION migrate._assigned(value text, type oid, typmod integer) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN typmod = -1 OR e.element NOT IN ('bpchar'::regtype, 'varchar'::regtype, 'bit'::regtype, 'varbit'::regtype) THEN format('(%s)::%s', value, n.cut)
-                ELSE format('(CASE WHEN (%1$s)::%4$s%5$s OPERATOR(pg_catalog.=) (%1$s)::%2$s::%4$s%5$s THEN (%1$s)::%2$s ELSE (%1$s)::%3$s END)', value, n.cut, n.whole,
-                            CASE WHEN e.is_text THEN format_type(CASE WHEN e.is_array THEN 'bpchar[]'::regtype ELSE 'bpchar'::regtype END, -1) ELSE n.whole END,
-                            CASE WHEN e.is_text THEN ' COLLATE pg_catalog."C"' ELSE '' END) END
-    FROM (SELECT coalesce(nullif(t.typelem, 0), t.oid)::regtype AS element, t.typelem <> 0 AND t.typlen = -1 AS is_array,
-                 coalesce(nullif(t.typelem, 0), t.oid) IN ('bpchar'::regtype, 'varchar'::regtype) AS is_text FROM pg_type t WHERE t.oid = type) e,
-         (SELECT format_type(type, typmod) AS cut, format_type(type, -1) AS whole) n
-$$;
-
--- A key as a narrower integer type has it: NULL where that cannot hold it (after a cutover from integer to bigint), for no row of the
--- actual side has such a key.
-CREATE FUNCTION migrate._narrowed(value text, origin oid, type oid) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT CASE WHEN origin IN ('int4'::regtype, 'int8'::regtype) AND origin <> type AND type IN ('int2'::regtype, 'int4'::regtype)
-                THEN format('(CASE WHEN %1$s BETWEEN -%2$s - 1 AND %2$s THEN %1$s END)', value, CASE type WHEN 'int2'::regtype THEN 32767 ELSE 2147483647 END)
-                ELSE value END
-$$;
-
--- How a key column of the expected side is compared with a bound that is written in the actual side's type: name and bound
--- are texts of SQL. Where the two types differ, the index of the origin must still serve, and no rounding may come between.
-CREATE FUNCTION migrate._key_rule(origin oid, origin_typmod integer, dest oid, dest_typmod integer, column_sql text,
-                                  OUT name text, OUT bound text, OUT compared oid, OUT walkable boolean, OUT exact boolean)
-LANGUAGE plpgsql STABLE AS $$
-DECLARE
-    integers CONSTANT oid[] := '{int2,int4,int8}'::regtype[]::oid[];
-    texts CONSTANT oid[] := '{text,varchar}'::regtype[]::oid[];
-BEGIN
-    name := column_sql;
-    walkable := true;
-    exact := true;
-    IF origin = ANY (integers) AND dest = ANY (integers) THEN
-        compared := 'int8'::regtype;
-    ELSIF origin = ANY (texts) AND dest = ANY (texts) THEN
-        compared := 'text'::regtype;
-    ELSIF origin = dest AND (origin_typmod = dest_typmod OR dest_typmod = -1) THEN
-        compared := dest;
-    ELSIF origin = ANY (integers) AND dest = 'numeric'::regtype THEN
-        compared := 'int8'::regtype;
-        bound := '(%s)::numeric::bigint';
-        walkable := false;
-    ELSE
-        name := format('(%s)::%s', column_sql, format_type(dest, dest_typmod));
-        compared := dest;
-        walkable := false;
-        exact := false;
-    END IF;
-    bound := coalesce(bound, '(%s)::' || format_type(compared, -1));
-END $$;
-
 -- What is to be compared: in the direction of the dual writes, one comparison for each share of each table that is fed.
 -- Flows with different constants in their keys have a share each; flows into the same share are compared together (UNION ALL),
 -- so that a row which no flow yields is extra. In reverse each flow feeds columns of its own, and stands alone.
@@ -194,22 +126,16 @@ DECLARE
     c migrate._comparison;
     x migrate._mapping;
     fed regclass;           -- the actual side
-    semantic boolean := migrate._opt(m.id, 'equality') = 'semantic';
     fixed text[];           -- for each key column: the constant that all flows have in common
     mapped int2[];          -- the columns that any flow maps
-    col record;
-    rule record;
-    n integer;
-    part text;
-    value text;             -- of a key column on the expected side, as the actual side's type has it
-    names text[]; lows text[]; highs text[]; types oid[];  -- the key as it is compared with bounds
-    sets text[]; keys text[]; nulls text[]; texts text[];
-    list text[]; digests text[] := '{}'; sames text[] := '{}'; differs text[] := '{}'; joins text[] := '{}';
-    extra_flow text := ''; key_case text := '';
+    built record;
+    list text[];            -- what is selected of the actual side
+    key_case text := '';
+    extra_flow text := '';  -- whose a row of the actual side is that no flow yields
 BEGIN
     c.flow := flow_ids[1]; c.flows := flow_ids; c.direction := way;
     c.label := (SELECT string_agg(w.name, ', ' ORDER BY w.id) FROM migrate._flow w WHERE w.id = ANY (flow_ids));
-    c.walkable := true; c.exact_keys := true; c.nullable := false; c.digestible := NOT semantic AND way = 'forward';
+    c.walkable := true; c.exact_keys := true; c.nullable := false;
     SELECT * INTO x FROM migrate._mapping p WHERE p.flow = c.flow AND p.direction = way;
     fed := x.dest;
     c.role := migrate._table_owner(fed);
@@ -219,9 +145,38 @@ BEGIN
                    FROM generate_subscripts(x.key_dest, 1) i ORDER BY i);
     mapped := ARRAY(SELECT DISTINCT u FROM migrate._mapping p, unnest(p.columns) u WHERE p.flow = ANY (flow_ids) AND p.direction = way ORDER BY u);
     c.width := (SELECT count(*) FROM unnest(fixed) u WHERE u IS NULL);
+    SELECT * INTO built FROM migrate._compare_actual_key(c, x, fixed);
+    c := built.c; list := built.keys;
+    FOR x IN SELECT p.* FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way ORDER BY p.flow LOOP
+        SELECT * INTO built FROM migrate._compare_expected(c, x, fixed, mapped);
+        c := built.c;
+        key_case := key_case || built.key;
+        IF built.conditions <> '{}' THEN
+            extra_flow := extra_flow || format(' WHEN %s THEN %s', array_to_string(built.conditions, ' AND '), x.flow);
+        END IF;
+    END LOOP;
+    c.key := format('CASE coalesce(s.flow, t.flow)%s END', key_case);
+    list := list || format('%s AS flow', CASE WHEN extra_flow = '' THEN c.flow::text ELSE format('CASE%s ELSE %s END', extra_flow, c.flow) END);
+    SELECT * INTO built FROM migrate._compare_columns(c, fed, mapped, migrate._opt(m.id, 'equality') = 'semantic');
+    c := built.c; list := list || built.columns;
+    list := list || ARRAY(SELECT format('d.%I AS f%s', a.attname, row_number() OVER (ORDER BY i)) FROM migrate._mapping p CROSS JOIN generate_subscripts(p.key_dest, 1) i
+                          JOIN pg_attribute a ON a.attrelid = p.origin AND a.attnum = p.key_origin[i]
+                          WHERE way = 'reverse' AND p.flow = c.flow AND p.direction = 'forward' AND p.key_const[i] IS NULL ORDER BY i);
+    c.actual := format('SELECT %s FROM %s d', array_to_string(list, ', '), fed);
+    RETURN c;
+END $$;
 
-    -- The actual side.
-    names := '{}'; lows := '{}'; highs := '{}'; types := '{}'; keys := '{}'; list := '{}'; sets := '{}'; texts := '{}';
+-- The key of the actual side, alone and as it is joined with the other's. keys: as they are selected.
+CREATE FUNCTION migrate._compare_actual_key(INOUT c migrate._comparison, x migrate._mapping, fixed text[], OUT keys text[])
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    col record;
+    n integer;
+    part text;
+    names text[] := '{}'; lows text[] := '{}'; highs text[] := '{}'; sets text[] := '{}'; types oid[] := '{}';
+    list text[] := '{}'; texts text[] := '{}'; joins text[] := '{}';
+BEGIN
+    keys := '{}';
     FOR col IN
         SELECT i, a.attname, t.type, t.typmod, t.name AS type_name FROM generate_subscripts(x.key_dest, 1) i
         JOIN pg_attribute a ON a.attrelid = x.dest AND a.attnum = x.key_dest[i], migrate._plain_type(a.atttypid, a.atttypmod) t ORDER BY i
@@ -241,7 +196,7 @@ BEGIN
         texts := texts || format('k%1$s::text AS b%1$s', n);  -- not called k: ORDER BY k1 must mean the key, not its text
         joins := joins || format('s.k%s %s t.k%s', n, migrate._operator(col.type, 3), n);
     END LOOP;
-    c.actual_share := coalesce(nullif(array_to_string(list, ' AND '), ''), 'true') || migrate._reverse_share(c.flow, way);
+    c.actual_share := coalesce(nullif(array_to_string(list, ' AND '), ''), 'true') || migrate._reverse_share(c.flow, c.direction);
     c.actual_above := migrate._beyond(names, lows, types, '>');
     c.actual_upto := migrate._beyond(names, highs, types, '<=');
     c.actual_upto_last := migrate._beyond(names, ARRAY(SELECT 'e.k' || i FROM generate_series(1, c.width) i ORDER BY i), types, '<=');
@@ -250,152 +205,102 @@ BEGIN
     c.key_order := (SELECT string_agg('k' || i, ', ' ORDER BY i) FROM generate_series(1, c.width) i);
     c.key_text := array_to_string(texts, ', ');
     c."on" := array_to_string(joins, ' AND ');
+END $$;
 
-    -- The expected side, flow by flow.
-    FOR x IN SELECT p.* FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way ORDER BY p.flow LOOP
-        names := '{}'; lows := '{}'; highs := '{}'; types := '{}'; sets := '{}'; nulls := '{}'; texts := '{}';
-        list := ARRAY[format('%s AS flow', x.flow)];
-        part := '';
-        FOR col IN
-            SELECT i, v.attname, d.attname AS dest_name, o.atttypid AS origin_type, o.atttypmod AS origin_typmod, t.type, t.typmod,
-                   t.name AS type_name, x.key_const[i] AS constant, coalesce(NOT s.attnotnull, false) AS nullable,
-                   (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation) AS collated
-            FROM generate_subscripts(x.key_dest, 1) i
-            JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = x.key_dest[i]
-            JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i]
-            LEFT JOIN pg_attribute s ON s.attrelid = x.origin AND s.attnum = nullif(x.key_origin[i], 0),
-            migrate._plain_type(d.atttypid, d.atttypmod) t, migrate._plain_type(v.atttypid, v.atttypmod) AS o(atttypid, atttypmod, name)
-            ORDER BY i
-        LOOP
-            IF col.constant IS NOT NULL THEN  -- whether a row of the actual side is this flow's
-                part := part || format(' AND d.%I %s %L::%s', col.dest_name, migrate._operator(col.type, 3), col.constant, col.type_name);
-            END IF;
-            CONTINUE WHEN fixed[col.i] IS NOT NULL;
-            SELECT * INTO rule FROM migrate._key_rule(col.origin_type, col.origin_typmod, col.type, col.typmod, format('v.%I', col.attname));
-            n := cardinality(names) + 1;
-            c.walkable := c.walkable AND rule.walkable;
-            c.exact_keys := c.exact_keys AND rule.exact;
-            c.nullable := c.nullable OR col.nullable;
-            names := names || rule.name;
-            lows := lows || format(rule.bound, '$' || n);
-            highs := highs || format(rule.bound, '$' || c.width + n);
-            sets := sets || CASE WHEN rule.compared = col.type OR rule.walkable THEN format('($%s)::%s[]', n, format_type(rule.compared, -1))
-                                 ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
-            types := types || rule.compared;
-            value := migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type);
-            nulls := nulls || format('%s IS NULL', value);
-            list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(value, col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
-            IF col.constant IS NULL THEN
-                texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
-            END IF;
-        END LOOP;
-        IF part <> '' THEN
-            extra_flow := extra_flow || format(' WHEN %s THEN %s', substr(part, 6), x.flow);
+-- What one flow yields. key: the branch of it that gives a row's key as text[]; conditions: by which a row of the actual side is this flow's.
+CREATE FUNCTION migrate._compare_expected(INOUT c migrate._comparison, x migrate._mapping, fixed text[], mapped int2[], OUT key text, OUT conditions text[])
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    col record;
+    rule record;
+    n integer;
+    value text;  -- of a key column, as the actual side's type has it
+    names text[] := '{}'; lows text[] := '{}'; highs text[] := '{}'; sets text[] := '{}'; types oid[] := '{}';  -- the key as it is compared with bounds
+    nulls text[] := '{}'; texts text[] := '{}';
+    list text[] := ARRAY[format('%s AS flow', x.flow)];
+BEGIN
+    conditions := '{}';
+    FOR col IN
+        SELECT i, v.attname, d.attname AS dest_name, o.atttypid AS origin_type, o.atttypmod AS origin_typmod, t.type, t.typmod,
+               t.name AS type_name, x.key_const[i] AS constant, coalesce(NOT s.attnotnull, false) AS nullable,
+               (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation) AS collated
+        FROM generate_subscripts(x.key_dest, 1) i
+        JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = x.key_dest[i]
+        JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i]
+        LEFT JOIN pg_attribute s ON s.attrelid = x.origin AND s.attnum = nullif(x.key_origin[i], 0),
+        migrate._plain_type(d.atttypid, d.atttypmod) t, migrate._plain_type(v.atttypid, v.atttypmod) AS o(atttypid, atttypmod, name)
+        ORDER BY i
+    LOOP
+        IF col.constant IS NOT NULL THEN  -- whether a row of the actual side is this flow's
+            conditions := conditions || format('d.%I %s %L::%s', col.dest_name, migrate._operator(col.type, 3), col.constant, col.type_name);
         END IF;
-        key_case := key_case || format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
-        SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(CASE WHEN v.attnum = ANY (x.key_view) THEN migrate._narrowed(format('v.%I', v.attname), o.type, t.type)
-                   ELSE coalesce('v.' || quote_ident(v.attname), 'NULL') END, t.type, t.typmod), coalesce(
-                   (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
-            INTO list
-            FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum
-            LEFT JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = array_position(x.columns, u.attnum)
-            LEFT JOIN LATERAL migrate._plain_type(v.atttypid, v.atttypmod) o ON v.attnum IS NOT NULL,
-            migrate._plain_type(d.atttypid, d.atttypmod) t;
-        c.expected := c.expected || format('SELECT %s FROM %s v', array_to_string(list, ', '), x.view);
-        c.expected_above := c.expected_above || migrate._beyond(names, lows, types, '>');
-        c.expected_upto := c.expected_upto || migrate._beyond(names, highs, types, '<=');
-        c.expected_among := c.expected_among || migrate._among(names, sets, types);
-        c.expected_null := c.expected_null || array_to_string(nulls, ' OR ');
-        c.expected_order := c.expected_order || (SELECT string_agg(format('v.%I', v.attname), ', ' ORDER BY i) FROM generate_subscripts(x.key_view, 1) i
-                                                 JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i] WHERE fixed[i] IS NULL);
+        CONTINUE WHEN fixed[col.i] IS NOT NULL;
+        SELECT * INTO rule FROM migrate._key_rule(col.origin_type, col.origin_typmod, col.type, col.typmod, format('v.%I', col.attname));
+        n := cardinality(names) + 1;
+        c.walkable := c.walkable AND rule.walkable;
+        c.exact_keys := c.exact_keys AND rule.exact;
+        c.nullable := c.nullable OR col.nullable;
+        names := names || rule.name;
+        lows := lows || format(rule.bound, '$' || n);
+        highs := highs || format(rule.bound, '$' || c.width + n);
+        sets := sets || CASE WHEN rule.compared = col.type OR rule.walkable THEN format('($%s)::%s[]', n, format_type(rule.compared, -1))
+                             ELSE format('($%s)::%s[]::%s[]', n, format_type(col.type, -1), format_type(rule.compared, -1)) END;
+        types := types || rule.compared;
+        value := migrate._narrowed(format('v.%I', col.attname), col.origin_type, col.type);
+        nulls := nulls || format('%s IS NULL', value);
+        list := list || format('%s%s AS k%s, (v.%I)::text AS o%s', migrate._assigned(value, col.type, col.typmod), coalesce(col.collated, ''), n, col.attname, n);
+        IF col.constant IS NULL THEN
+            texts := texts || format('CASE WHEN s.flow IS NULL THEN t.k%s::text ELSE s.o%s END', n, n);
+        END IF;
     END LOOP;
-    c.key := format('CASE coalesce(s.flow, t.flow)%s END', key_case);
+    key := format(' WHEN %s THEN ARRAY[%s]::text[]', x.flow, array_to_string(texts, ', '));
+    SELECT list || array_agg(format('%s%s AS c%s', migrate._assigned(CASE WHEN v.attnum = ANY (x.key_view) THEN migrate._narrowed(format('v.%I', v.attname), o.type, t.type)
+               ELSE coalesce('v.' || quote_ident(v.attname), 'NULL') END, t.type, t.typmod), coalesce(
+               (SELECT format(' COLLATE %I.%I', y.nspname, z.collname) FROM pg_collation z JOIN pg_namespace y ON y.oid = z.collnamespace WHERE z.oid = d.attcollation), ''), u.n) ORDER BY u.n)
+        INTO list
+        FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = x.dest AND d.attnum = u.attnum
+        LEFT JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = array_position(x.columns, u.attnum)
+        LEFT JOIN LATERAL migrate._plain_type(v.atttypid, v.atttypmod) o ON v.attnum IS NOT NULL,
+        migrate._plain_type(d.atttypid, d.atttypmod) t;
+    c.expected := c.expected || format('SELECT %s FROM %s v', array_to_string(list, ', '), x.view);
+    c.expected_above := c.expected_above || migrate._beyond(names, lows, types, '>');
+    c.expected_upto := c.expected_upto || migrate._beyond(names, highs, types, '<=');
+    c.expected_among := c.expected_among || migrate._among(names, sets, types);
+    c.expected_null := c.expected_null || array_to_string(nulls, ' OR ');
+    c.expected_order := c.expected_order || (SELECT string_agg(format('v.%I', v.attname), ', ' ORDER BY i) FROM generate_subscripts(x.key_view, 1) i
+                                             JOIN pg_attribute v ON v.attrelid = x.view AND v.attnum = x.key_view[i] WHERE fixed[i] IS NULL);
+END $$;
 
-    -- Column by column. What a flow does not map is not compared for its rows; then digests would not be equal.
-    list := keys || format('%s AS flow', CASE WHEN extra_flow = '' THEN c.flow::text ELSE format('CASE%s ELSE %s END', extra_flow, c.flow) END);
+-- Column by column. What a flow does not map is not compared for its rows; then digests would not be equal.
+CREATE FUNCTION migrate._compare_columns(INOUT c migrate._comparison, fed regclass, mapped int2[], semantic boolean, OUT columns text[])
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    col record;
+    part text;
+    digests text[] := '{}'; sames text[] := '{}'; differs text[] := '{}';
+BEGIN
+    columns := '{}';
+    c.digestible := NOT semantic AND c.direction = 'forward';
     FOR col IN
         SELECT u.n, d.attname, t.type, t.name AS type_name, d.atttypid <> t.type AS domain,
-               ARRAY(SELECT p.flow FROM migrate._mapping p WHERE p.flow = ANY (flow_ids) AND p.direction = way AND u.attnum = ANY (p.columns)) AS mapped_by
+               ARRAY(SELECT p.flow FROM migrate._mapping p WHERE p.flow = ANY (c.flows) AND p.direction = c.direction AND u.attnum = ANY (p.columns)) AS mapped_by
         FROM unnest(mapped) WITH ORDINALITY u(attnum, n) JOIN pg_attribute d ON d.attrelid = fed AND d.attnum = u.attnum,
         migrate._plain_type(d.atttypid, d.atttypmod) t ORDER BY u.n
     LOOP
-        list := list || format(CASE WHEN col.domain THEN '(d.%I)::%s AS c%s' ELSE 'd.%1$I AS c%3$s' END, col.attname, col.type_name, col.n);
+        columns := columns || format(CASE WHEN col.domain THEN '(d.%I)::%s AS c%s' ELSE 'd.%1$I AS c%3$s' END, col.attname, col.type_name, col.n);
         digests := digests || format('c%s', col.n);
         part := coalesce(CASE WHEN semantic AND migrate._operator(col.type, 3) IS NOT NULL THEN format('((s.c%1$s %2$s t.c%1$s) IS TRUE OR s.c%1$s IS NOT DISTINCT FROM NULL AND t.c%1$s IS NOT DISTINCT FROM NULL)',
                                                         col.n, migrate._operator(col.type, 3)) END,
                          format('migrate.same_image(s.c%1$s, t.c%1$s)', col.n));
-        IF cardinality(col.mapped_by) < cardinality(flow_ids) THEN
+        IF cardinality(col.mapped_by) < cardinality(c.flows) THEN
             c.digestible := false;
             part := format('(s.flow <> ALL (%L::int[]) OR %s)', col.mapped_by, part);
         END IF;
         sames := sames || part;
         differs := differs || format('CASE WHEN NOT %s THEN %L END', part, col.attname);
     END LOOP;
-    list := list || ARRAY(SELECT format('d.%I AS f%s', a.attname, row_number() OVER (ORDER BY i)) FROM migrate._mapping p CROSS JOIN generate_subscripts(p.key_dest, 1) i
-                          JOIN pg_attribute a ON a.attrelid = p.origin AND a.attnum = p.key_origin[i]
-                          WHERE way = 'reverse' AND p.flow = c.flow AND p.direction = 'forward' AND p.key_const[i] IS NULL ORDER BY i);
-    c.actual := format('SELECT %s FROM %s d', array_to_string(list, ', '), fed);
     c.digest := migrate._digest_call(digests);
     c.row_sum := migrate._digest_call(digests, 'row_sum');
     c.same := array_to_string(sames, ' AND ');
     c.differing := format('array_remove(ARRAY[%s]::text[], NULL)', array_to_string(differs, ', '));
-    RETURN c;
 END $$;
-
--- In reverse only those source rows are fed that the flow had carried over: its filter, seen from the source.
-CREATE FUNCTION migrate._reverse_share(flow integer, way text) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT coalesce((
-        SELECT format(' AND EXISTS (SELECT FROM %s v WHERE %s)', f.view, string_agg(format('v.%I %s d.%I', v.attname, migrate._operator(d.atttypid, 3), d.attname), ' AND ' ORDER BY i))
-        FROM migrate._mapping r
-        JOIN migrate._mapping f ON f.flow = r.flow AND f.direction = 'forward' AND f.filtered
-        CROSS JOIN LATERAL generate_subscripts(r.key_dest, 1) i
-        JOIN pg_attribute d ON d.attrelid = r.dest AND d.attnum = r.key_dest[i]
-        JOIN pg_attribute v ON v.attrelid = f.view AND v.attnum = array_position(f.columns, r.key_origin[i])
-        WHERE way = 'reverse' AND r.flow = _reverse_share.flow AND r.direction = 'reverse' AND r.key_const[i] IS NULL
-        GROUP BY f.view), '')
-$$;
-
--- The condition that a key is one of those in the parameters' arrays. (A subquery, so that these are parsed once; k, not *, is
--- one value of a composite type.)
-CREATE FUNCTION migrate._among(names text[], sets text[], types oid[]) RETURNS text
-LANGUAGE sql STABLE AS $$
-    SELECT format(CASE cardinality(names) WHEN 1 THEN '%s %s ANY (SELECT k FROM unnest(%s) k)' ELSE '(%s) %s ANY (SELECT * FROM unnest(%s))' END,
-        array_to_string(names, ', '), CASE WHEN count(DISTINCT migrate._operator(t, 3)) = 1 THEN min(migrate._operator(t, 3)) ELSE '=' END, array_to_string(sets, ', '))
-    FROM unnest(types) t
-$$;
-
--- The rows of one side. `which` is a list of conditions: above, upto (or, of the actual side, upto_last), among, unkeyed. Ordered by key where `ordered`; `window` is a
--- LIMIT clause for each flow's share of it.
-CREATE FUNCTION migrate._expected(c migrate._comparison, which text[], ordered boolean DEFAULT false, "window" text DEFAULT '') RETURNS text
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN count(*) = 1 THEN min(q) ELSE format('SELECT * FROM (%s) u%s', string_agg(format('(%s)', q), ' UNION ALL ' ORDER BY i),
-                CASE WHEN ordered THEN ' ORDER BY ' || c.key_order ELSE '' END) END
-    FROM (SELECT i, format('%s WHERE true%s%s%s%s%s%s', c.expected[i],
-            CASE WHEN 'above' = ANY (which) THEN ' AND ' || c.expected_above[i] ELSE '' END,
-            CASE WHEN 'upto' = ANY (which) THEN ' AND ' || c.expected_upto[i] ELSE '' END,
-            CASE WHEN 'among' = ANY (which) THEN ' AND ' || c.expected_among[i] ELSE '' END,
-            CASE WHEN 'unkeyed' = ANY (which) THEN ' AND (' || c.expected_null[i] || ')' ELSE '' END,
-            CASE WHEN ordered THEN ' ORDER BY ' || c.expected_order[i] ELSE '' END, "window") AS q
-          FROM generate_subscripts(c.expected, 1) i) branch
-$$;
-
-CREATE FUNCTION migrate._actual(c migrate._comparison, which text[], ordered boolean DEFAULT false) RETURNS text
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT format('%s WHERE %s%s%s%s%s', c.actual, c.actual_share,
-            CASE WHEN 'above' = ANY (which) THEN ' AND ' || c.actual_above ELSE '' END,
-            CASE WHEN 'upto' = ANY (which) THEN ' AND ' || c.actual_upto WHEN 'upto_last' = ANY (which) THEN ' AND ' || c.actual_upto_last ELSE '' END,
-            CASE WHEN 'among' = ANY (which) THEN ' AND ' || c.actual_among ELSE '' END,
-            CASE WHEN ordered THEN ' ORDER BY ' || c.actual_order ELSE '' END)
-$$;
-
--- Parameters for a range: NULLs where it is open, as the SQL then does not mention them.
-CREATE FUNCTION migrate._bounds(c migrate._comparison, low text[], high text[]) RETURNS text[]
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT coalesce(low, array_fill(NULL::text, ARRAY[c.width])) || coalesce(high, array_fill(NULL::text, ARRAY[c.width]))
-$$;
-
-CREATE FUNCTION migrate._which(low text[], high text[]) RETURNS text[]
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN low IS NULL THEN '{}' ELSE '{above}'::text[] END || CASE WHEN high IS NULL THEN '{}' ELSE '{upto}'::text[] END
-$$;

@@ -118,7 +118,7 @@ LANGUAGE sql STABLE AS $$
     FROM pg_class c WHERE c.oid = relation
 $$;
 
--- An index (or another object with a name in the schema), by its name. relation: the table whose owner it belongs to; NULL: that of the pair.
+-- An index (or another object with a name in the schema), by its name. relation: the table that it belongs to, and is gone with; NULL: none.
 CREATE FUNCTION migrate._swap_rename_by_name(rank integer, what text, p migrate._swap_pair, relation regclass, name text, becomes text) RETURNS migrate._swap_step
 LANGUAGE sql STABLE AS $$
     SELECT migrate._swap_step(rank, 'step', lower(what) || ' ' || quote_ident(name), format('%s %I is called %I', lower(what), name, becomes), relation, p.owner,
