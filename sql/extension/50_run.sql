@@ -229,16 +229,26 @@ BEGIN
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;
 
+-- Writes that one side has and the other refused, a line for each flow that has some. direction: 'forward', of a source; 'reverse', of a target.
+CREATE FUNCTION migrate._refused_writes(m_id integer, direction text) RETURNS TABLE (line text, keys text, states text)
+LANGUAGE sql STABLE AS $$
+    SELECT format('what was written to %s rows of %s is not in %s', cardinality(x.keys), CASE direction WHEN 'forward' THEN f.source ELSE f.target END,
+                  CASE direction WHEN 'forward' THEN f.target ELSE f.source END),
+           format('Their keys are %s.', array_to_string(x.keys[1:20], ', ') || CASE WHEN cardinality(x.keys) > 20 THEN ', …' ELSE '' END),
+           format('It was refused with SQLSTATE %s.', x.states)
+    FROM migrate._flow f, LATERAL (SELECT array_agg(DISTINCT r.key::text) AS keys, string_agg(DISTINCT r.sqlstate, ', ') AS states
+                                   FROM migrate._failure r WHERE r.flow = f.id AND r.direction = _refused_writes.direction) x
+    WHERE f.migration = m_id AND x.keys IS NOT NULL ORDER BY f.id
+$$;
+
 -- After a rollback some client may still have written to a target what its source refused: the record of that goes, but not silently.
 CREATE FUNCTION migrate._tell_not_carried_back(m migrate._migration) RETURNS void
 LANGUAGE plpgsql AS $$
 DECLARE
     w record;
 BEGIN
-    FOR w IN SELECT f.source, f.target, array_agg(DISTINCT x.key::text) AS keys FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow
-             WHERE f.migration = m.id AND x.direction = 'reverse' GROUP BY f.id ORDER BY f.id LOOP
-        RAISE WARNING 'what was written to % rows of % is not in %', cardinality(w.keys), w.target, w.source
-            USING DETAIL = format('Their keys are %s.', array_to_string(w.keys[1:20], ', ') || CASE WHEN cardinality(w.keys) > 20 THEN ', …' ELSE '' END);
+    FOR w IN SELECT * FROM migrate._refused_writes(m.id, 'reverse') LOOP
+        RAISE WARNING '%', w.line USING DETAIL = w.keys;
     END LOOP;
 END $$;
 

@@ -51,13 +51,12 @@ LANGUAGE plpgsql AS $$
 DECLARE
     w record;
 BEGIN
-    FOR w IN SELECT f.source, f.target, count(DISTINCT x.key) AS keys, string_agg(DISTINCT x.sqlstate, ', ') AS states
-             FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id AND x.direction = 'forward' GROUP BY f.id ORDER BY f.id LOOP
+    FOR w IN SELECT * FROM migrate._refused_writes(m.id, 'forward') LOOP
         IF NOT drop_source AND force IS NOT DISTINCT FROM m.name THEN
-            RAISE WARNING 'what was written to % rows of % is not in %', w.keys, w.source, w.target USING DETAIL = format('It was refused with SQLSTATE %s.', w.states);
+            RAISE WARNING '%', w.line USING DETAIL = w.states;
             CONTINUE;
         END IF;
-        PERFORM migrate._raise('55000', format('what was written to %s rows of %s is not in %s', w.keys, w.source, w.target), format('It was refused with SQLSTATE %s.', w.states),
+        PERFORM migrate._raise('55000', w.line, w.states,
             format('SELECT * FROM migrate.failures WHERE migration = %1$L; names them. Mend the rows, or the target, then SELECT migrate.retry(%1$L); or let them stay in the source alone: SELECT migrate.finalize(%1$L, force => %1$L);', m.name));
     END LOOP;
 END $$;
