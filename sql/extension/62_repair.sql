@@ -88,6 +88,7 @@ BEGIN
     FOR c IN SELECT * FROM migrate._comparisons(m) LOOP
         RETURN QUERY SELECT * FROM migrate._repair_comparison(m, c);
     END LOOP;
+    PERFORM migrate._shadow_anew(m);
     PERFORM migrate._event(m, caller, 'repaired', format('%s mismatches are left', (SELECT count(*) FROM migrate._mismatch x JOIN migrate._flow f ON f.id = x.flow WHERE f.migration = m.id)));
 END $$;
 

@@ -16,6 +16,15 @@ BEGIN
     RETURN s;
 END $$;
 
+-- Forgets what shadow reads have found: rows were mended since, and what is still wrong will be found again. (The worker's step that is
+-- under way meanwhile is refused by its snapshot, and tried again.)
+CREATE FUNCTION migrate._shadow_anew(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM migrate._shadow s USING migrate._flow f WHERE f.id = s.flow AND f.migration = m.id;
+    DELETE FROM migrate._shadow_mismatch s USING migrate._flow f WHERE f.id = s.flow AND f.migration = m.id;
+END $$;
+
 -- Since when shadow reads count: the last time the migration came into phase shadowing or was cut over.
 CREATE FUNCTION migrate._shadow_begin(m migrate._migration) RETURNS timestamptz
 LANGUAGE sql STABLE AS $$

@@ -230,7 +230,7 @@ BEGIN
         LATERAL migrate._swap_refused(o.object, format('uses the row type of %s', p.source), 'Drop it, or let it use another type: after cutover the name means another table.') y;
     RETURN QUERY SELECT y.* FROM (
             SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) AS object FROM pg_depend d LEFT JOIN pg_class c ON d.classid = 'pg_class'::regclass AND c.oid = d.objid
-            WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = p.source AND d.deptype <> 'i'
+            WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = p.source AND d.deptype <> 'i' AND d.objid <> p.source  -- a generated column's, before PostgreSQL 15
               AND d.classid NOT IN ('pg_rewrite'::regclass, 'pg_proc'::regclass, 'pg_constraint'::regclass, 'pg_trigger'::regclass, 'pg_attrdef'::regclass, 'pg_statistic_ext'::regclass, 'pg_publication_rel'::regclass)
               AND NOT (d.classid = 'pg_class'::regclass AND c.relkind IN ('i', 'I', 'S', 't'))
               AND NOT (d.classid = 'pg_class'::regclass AND c.relispartition AND EXISTS (SELECT FROM pg_partition_tree(p.source) x WHERE x.relid = c.oid))
