@@ -141,6 +141,39 @@ void read_shared(Mapping *m) {
     for (int i = 0; i < list_length(positions); i++) m->shared_key[i] = (AttrNumber)list_nth_int(positions, i);
 }
 
+// Where the forward view has dest's key; false where it has not all of it.
+bool find_carried_key(Mapping *m, const AttrNumber *columns, const AttrNumber *positions, int n) {
+    for (int i = 0; i < m->nkey; i++) {
+        if (m->key[i].origin == 0) continue;
+        const int k = position_of(columns, n, m->key[i].dest);
+        if (k == 0) return false;
+        m->carried_key[i] = positions[k - 1];
+    }
+    return true;
+}
+
+// What a reverse mapping owes to the forward one. Rows of dest that its filter leaves out have none in origin, and are
+// not to be deleted for that; rows of origin with other constants in the key come from other flows.
+void read_way_forth(Mapping *m) {
+    m->carried_key = (AttrNumber *)palloc0(sizeof(AttrNumber) * m->nkey);
+    for_each_row("_mapping", [&](const Row &row) {
+        if (!is_of(row, m->flow, false)) return;
+        int n;
+        const AttrNumber *from = attnums(row, "key_origin", &n), *to = attnums(row, "key_dest", &n);
+        const Oid view = row.oid("view");
+        if (row.flag("filtered") && find_carried_key(m, from, attnums(row, "key_view", &n), n) &&
+            SearchSysCacheExists1(RELOID, ObjectIdGetDatum(view)))
+            m->carried = view;
+        Datum *constants;
+        bool *constant_null;
+        deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
+                          &constant_null, &n);
+        m->fixed = (FixedColumn *)palloc(sizeof(FixedColumn) * n);
+        for (int i = 0; i < n; i++)
+            if (!constant_null[i]) m->fixed[m->nfixed++] = {to[i], TextDatumGetCString(constants[i])};
+    });
+}
+
 // planned: the dual writes are just being turned on.
 bool is_before_the_end_of_backfill(const Row &migration) {
     return migration.says("phase", "planned") || migration.says("phase", "dual_writing") ||
@@ -161,7 +194,10 @@ void read_migration(Mapping *m) {
         if (!is_before_the_end_of_backfill(row)) m->copied_by_place = false;
     });
     m->on_failure = is_strict(m->migration) ? OnFailure::kRaise : OnFailure::kRecord;
-    if (!m->reverse) read_shared(m);
+    if (m->reverse)
+        read_way_forth(m);
+    else
+        read_shared(m);
 }
 
 }  // namespace

@@ -27,8 +27,19 @@ bool is_final(const CacheEntry *entry) {
     return GetCurrentTransactionNestLevel() <= outermost_level(entry->touched);
 }
 
+// Whether a row has left its partition, and not yet come to another.
+bool is_under_way(const Touched &touched) {
+    return touched.moved_from.n > touched.moved_to.n;
+}
+
+// No move: a trigger has made something else of it, or has a statement of its own in between.
+void forget_departure(Touched *touched) {
+    touched->moved_from.n = touched->moved_to.n;
+}
+
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
+    forget_departure(&touched);
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
     if (touched.left_over) forget_places(&touched.upsert);
     const bool final = is_final(entry);
@@ -172,6 +183,24 @@ bool same_key(const Mapping *m, Relation relation, TupleTableSlot *before, Tuple
     return true;
 }
 
+// Whether the row is of this flow. One that another source feeds has other constants in its key: to look at what this
+// source has under the rest of it, which is somebody else's to write, would not be ours.
+bool is_own(const Mapping *m, Relation relation, TupleTableSlot *slot) {
+    for (int i = 0; i < m->nfixed; i++) {
+        bool isnull;
+        const AttrNumber attnum = local_attnum(m, relation, m->fixed[i].origin);
+        const Datum value = slot_getattr(slot, attnum, &isnull);
+        const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(relation), attnum - 1);
+        Oid input, argument;
+        getTypeInputInfo(getBaseType(att->atttypid), &input, &argument);
+        const Datum constant =
+            OidInputFunctionCall(input, const_cast<char *>(m->fixed[i].constant), argument, att->atttypmod);
+        FmgrInfo *equal = &lookup_type_cache(att->atttypid, TYPECACHE_EQ_OPR_FINFO)->eq_opr_finfo;
+        if (isnull || !DatumGetBool(FunctionCall2Coll(equal, att->attcollation, value, constant))) return false;
+    }
+    return true;
+}
+
 // place: where the row that has the key now is, or NULL.
 void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTableSlot *slot,
            const ItemPointerData *place) {
@@ -192,6 +221,45 @@ void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
     if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot, NULL);
     if (entry->mapping->ambiguous && !is_mutant(mutant::new_key_only))
         touch(entry, &Touched::upsert, relation, slot, NULL);
+}
+
+// Dest's row gets the new key before it is known whether the view still has one: the row may be on its way to yet
+// another key, or out of the filter.
+void touch_new_key(CacheEntry *entry, Relation relation, TupleTableSlot *after) {
+    touch(entry, &Touched::moved_to, relation, after, NULL);
+    touch(entry, &Touched::remove, relation, after, NULL);
+}
+
+// An update that takes a row to another partition is two events, one right after the other: a deletion, whose row tells
+// of it, and an insertion. (Where dest references origin, the foreign key may want the deletion carried in between.)
+void touch_departure(CacheEntry *entry, const TriggerData *data) {
+    const Mapping *m = entry->mapping;
+    if (!m->moves_rows || m->delete_at_once || !HeapTupleHeaderIndicatesMovedPartitions(data->tg_trigtuple->t_data))
+        return;
+    touch(entry, &Touched::moved_from, data->tg_relation, data->tg_trigslot, NULL);
+    entry->touched.departure_depth = trigger_depth();
+}
+
+// Whether the row has the key that was appended last.
+bool has_last_key(const Mapping *m, const KeyList &list, Relation relation, TupleTableSlot *slot) {
+    Datum key[INDEX_MAX_KEYS];
+    read_key(m, relation, slot, key);
+    for (int i = 0; i < m->nparams; i++) {
+        int16 length;
+        bool by_value;
+        get_typlenbyval(m->key[m->params[i]].origin_type, &length, &by_value);
+        if (!datum_image_eq(key[i], list.columns[i][list.n - 1], by_value, length)) return false;
+    }
+    return true;
+}
+
+void touch_arrival(CacheEntry *entry, const TriggerData *data) {
+    Touched &touched = entry->touched;
+    if (!is_under_way(touched)) return;
+    if (has_last_key(entry->mapping, touched.moved_from, data->tg_relation, data->tg_trigslot))
+        forget_departure(&touched);
+    else
+        touch_new_key(entry, data->tg_relation, data->tg_trigslot);
 }
 
 // A row that this transaction wrote: foreign keys check it again at each update, as they do an inserted one, and the
@@ -223,33 +291,51 @@ void look_for_gap(CacheEntry *entry, const TriggerData *data) {
     entry->gap_level = GetCurrentTransactionNestLevel();
 }
 
-void note_event(CacheEntry *entry, TriggerData *data) {
+// What was touched; true: to be applied at once.
+bool note_insertion(CacheEntry *entry, const TriggerData *data) {
+    TupleTableSlot *row = data->tg_trigslot;
+    if (!is_own(entry->mapping, data->tg_relation, row)) return false;
+    touch(entry, &Touched::upsert, data->tg_relation, row, &row->tts_tid);
+    touch_arrival(entry, data);
+    return entry->mapping->insert_at_once;
+}
+
+bool note_deletion(CacheEntry *entry, const TriggerData *data) {
+    if (!is_own(entry->mapping, data->tg_relation, data->tg_trigslot)) return false;
+    touch_old_key(entry, data->tg_relation, data->tg_trigslot);
+    touch_departure(entry, data);
+    return entry->mapping->delete_at_once;
+}
+
+bool note_update(CacheEntry *entry, const TriggerData *data) {
     const Mapping *m = entry->mapping;
     Relation relation = data->tg_relation;
-    TupleTableSlot *row = data->tg_trigslot;
+    TupleTableSlot *before = data->tg_trigslot, *after = data->tg_newslot;
+    if (may_pass_over(m) && unchanged(m, relation, before, after)) return false;
+    const bool was = is_own(m, relation, before), is = is_own(m, relation, after);
+    const bool moved = !same_key(m, relation, before, after);
     bool at_once = false;
-    if (TRIGGER_FIRED_BY_INSERT(data->tg_event)) {
-        touch(entry, &Touched::upsert, relation, row, &row->tts_tid);
-        at_once = m->insert_at_once;
-    } else if (TRIGGER_FIRED_BY_DELETE(data->tg_event)) {
-        touch_old_key(entry, relation, row);
+    if (was && (moved || m->filtered)) {
+        touch_old_key(entry, relation, before);
         at_once = m->delete_at_once;
-    } else {
-        TupleTableSlot *after = data->tg_newslot;
-        if (may_pass_over(m) && unchanged(m, relation, row, after)) return;
-        const bool moved = !same_key(m, relation, row, after);
-        if (moved || m->filtered) {
-            touch_old_key(entry, relation, row);
-            at_once = m->delete_at_once;
-        }
-        touch(entry, &Touched::upsert, relation, after, &after->tts_tid);
-        if (moved && m->moves_rows) {
-            touch(entry, &Touched::moved_from, relation, row, NULL);
-            touch(entry, &Touched::moved_to, relation, after, NULL);
-        }
-        at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
     }
+    if (is) touch(entry, &Touched::upsert, relation, after, &after->tts_tid);
+    if (was && is && moved && m->moves_rows) {
+        touch(entry, &Touched::moved_from, relation, before, NULL);
+        touch_new_key(entry, relation, after);
+    }
+    return at_once || (is && m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
+}
+
+void note_event(CacheEntry *entry, const TriggerData *data) {
+    const Mapping *m = entry->mapping;
+    const bool inserted = TRIGGER_FIRED_BY_INSERT(data->tg_event);
+    if (!inserted || trigger_depth() != entry->touched.departure_depth) forget_departure(&entry->touched);
+    const bool at_once = inserted                                  ? note_insertion(entry, data)
+                         : TRIGGER_FIRED_BY_DELETE(data->tg_event) ? note_deletion(entry, data)
+                                                                   : note_update(entry, data);
     DEBUG_POINT("dual write: keys noted");
+    if (is_under_way(entry->touched)) return;
     if (entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt && is_final(entry)) {
         grant_subtransactions();
         flush(entry);

@@ -38,13 +38,13 @@ int times_in_use(const Mapping *m) {
 bool may_read_views(const Mapping *m) {
     for (int i = -1; i < m->nshared; i++)
         if (!has_table_rights(i < 0 ? m->view : m->shared[i], m->dest_owner, ACL_SELECT | ACL_UPDATE)) return false;
-    return true;
+    return !OidIsValid(m->carried) || has_table_rights(m->carried, m->dest_owner, ACL_SELECT);
 }
 
 bool is_view_of(const Mapping *m, Oid relation) {
     for (int i = 0; i < m->nshared; i++)
         if (m->shared[i] == relation) return true;
-    return m->view == relation;
+    return m->view == relation || m->carried == relation;
 }
 
 bool read_views_as_their_owner(Node *node, const Mapping *m) {

@@ -20,7 +20,7 @@ void remove_keys(Mapping *mapping, KeyArrays keys);
 // their actions taken, on the outcome: a row may have been turned away from one that goes. As above.
 void replace_keys(Mapping *mapping, KeyArrays removed, KeyArrays upserted);
 
-// Gives the row of dest that has the one key the other, if the view has that one and dest has not: what dest alone has
+// Gives the row of dest that has the one key the other, if dest has no row with that one: what dest alone has
 // of the row goes with it. As above.
 void move_row(Mapping *mapping, KeyArrays from, KeyArrays to);
 

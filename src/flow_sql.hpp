@@ -35,7 +35,7 @@ void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condi
 // Whether the mapping has no columns but the key's: then an upsert finds nothing to write where dest has the row.
 bool is_only_key(const Mapping *m);
 
-// UPDATE dest d SET k = ($2)[1] WHERE d.k = ANY ($1) AND <the view has $2> AND <dest has not>
+// UPDATE dest d SET k = ($2)[1] WHERE d.k = ANY ($1) AND <dest has no row with $2>
 void move_dest_row(Sql &sql, const Mapping *m);
 
 // SELECT FROM dest d WHERE <keys of the parameters> FOR NO KEY UPDATE

@@ -8,17 +8,26 @@ bool is_over_plain_columns(Relation index) {
     return RelationGetIndexPredicate(index) == NIL && RelationGetIndexExpressions(index) == NIL;
 }
 
-// Whether no unique index that is checked at once is over just the key's columns (constants are none): then a key may
-// stand twice in origin for a moment.
+bool is_fixed(const Mapping *m, AttrNumber attnum) {
+    for (int i = 0; i < m->nfixed; i++)
+        if (m->fixed[i].origin == attnum) return true;
+    return false;
+}
+
+// Whether no unique index that is checked at once is over just the key's columns (constants are none), and such as have
+// one value in all rows of this flow: then a key may stand twice in origin for a moment.
 bool is_ambiguous(const Mapping *m, Relation origin) {
     bool ambiguous = true;
     for_each_index(origin, [&](Relation index) {
         const Form_pg_index form = index->rd_index;
-        bool is_over_key =
-            form->indisunique && form->indimmediate && form->indnkeyatts == m->nparams && is_over_plain_columns(index);
-        for (int i = 0; i < form->indnkeyatts && is_over_key; i++)
-            is_over_key = is_key(m, &KeyColumn::origin, form->indkey.values[i]) && compares_as_column(origin, index, i);
-        if (is_over_key) ambiguous = false;
+        bool is_over_key = form->indisunique && form->indimmediate && is_over_plain_columns(index);
+        int keys = 0;
+        for (int i = 0; i < form->indnkeyatts && is_over_key; i++) {
+            const bool key = is_key(m, &KeyColumn::origin, form->indkey.values[i]);
+            keys += key;
+            is_over_key = (key || is_fixed(m, form->indkey.values[i])) && compares_as_column(origin, index, i);
+        }
+        if (is_over_key && keys == m->nparams) ambiguous = false;
     });
     return ambiguous;
 }

@@ -18,6 +18,7 @@ struct Touched {
     KeyList upsert;                // keys that origin has, or had, after a write
     KeyList remove;                // keys that a write may have taken away
     KeyList moved_from, moved_to;  // pairs: the key that a row had, and has since (where Mapping::moves_rows)
+    int departure_depth;           // of the event that left a row's move to another partition half told
     int trigger_depth;             // of the outermost statement that touched one of them
     bool left_over;  // a statement has ended without their being applied: origin may have new storage since
     MemoryContext context;
