@@ -412,6 +412,13 @@ BEGIN; INSERT INTO u SELECT * FROM t WHERE id = 8; DELETE FROM t WHERE id = 8; C
 TRUNCATE t;
 SELECT * FROM s ORDER BY id;
 SELECT same('SELECT id, v FROM s', 'TABLE u');
+-- nor where the filter itself is lost
+INSERT INTO t VALUES (20, 'v20');
+ALTER TABLE s RENAME active TO was_active;
+ALTER TABLE s DROP was_active CASCADE;
+TRUNCATE t;
+DELETE FROM u WHERE id = 1;
+SELECT count(*) FROM s;
 DELETE FROM migrate._failure;
 SELECT migrate.drop('part');
 DROP TABLE s, t, u;

@@ -141,29 +141,41 @@ void read_shared(Mapping *m) {
     for (int i = 0; i < list_length(positions); i++) m->shared_key[i] = (AttrNumber)list_nth_int(positions, i);
 }
 
-// Where the forward view has dest's key; false where it has not all of it.
-bool find_carried_key(Mapping *m, const AttrNumber *columns, const AttrNumber *positions, int n) {
+// The forward view's column that is one of dest's key: one of its own key, or what the reverse mapping reads it from.
+AttrNumber find_carried(const KeyColumn &key, const Row &forward) {
+    int n;
+    const AttrNumber *from = attnums(forward, "key_origin", &n);
+    const int k = position_of(from, n, key.dest);
+    if (k > 0) return attnums(forward, "key_view", &n)[k - 1];
+    const AttrNumber *columns = attnums(forward, "columns", &n);
+    const AttrNumber position = position_of(columns, n, key.origin);
+    return position > 0 && get_atttype(forward.oid("view"), position) == key.dest_type ? position : 0;
+}
+
+// False where it has not all of the key, or is gone.
+bool find_carried_key(Mapping *m, const Row &forward) {
+    if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(forward.oid("view")))) return false;
     for (int i = 0; i < m->nkey; i++) {
         if (m->key[i].origin == 0) continue;
-        const int k = position_of(columns, n, m->key[i].dest);
-        if (k == 0) return false;
-        m->carried_key[i] = positions[k - 1];
+        m->carried_key[i] = find_carried(m->key[i], forward);
+        if (m->carried_key[i] == 0) return false;
     }
     return true;
 }
 
 // What a reverse mapping owes to the forward one. Rows of dest that its filter leaves out have none in origin, and are
-// not to be deleted for that; rows of origin with other constants in the key come from other flows.
+// not to be deleted for that (nor is any, where the filter is gone); rows of origin with other constants in the key
+// come from other flows.
 void read_way_forth(Mapping *m) {
     m->carried_key = (AttrNumber *)palloc0(sizeof(AttrNumber) * m->nkey);
     for_each_row("_mapping", [&](const Row &row) {
         if (!is_of(row, m->flow, false)) return;
         int n;
-        const AttrNumber *from = attnums(row, "key_origin", &n), *to = attnums(row, "key_dest", &n);
-        const Oid view = row.oid("view");
-        if (row.flag("filtered") && find_carried_key(m, from, attnums(row, "key_view", &n), n) &&
-            SearchSysCacheExists1(RELOID, ObjectIdGetDatum(view)))
-            m->carried = view;
+        const AttrNumber *to = attnums(row, "key_dest", &n);
+        if (row.flag("filtered") && find_carried_key(m, row))
+            m->carried = row.oid("view");
+        else if (row.flag("filtered"))
+            m->carry_delete = false;
         Datum *constants;
         bool *constant_null;
         deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
