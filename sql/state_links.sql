@@ -309,6 +309,11 @@ ALTER TABLE s ADD parent int REFERENCES s ON DELETE CASCADE;
 UPDATE s SET parent = 25 WHERE id BETWEEN 26 AND 29;
 UPDATE t SET id = 600 WHERE id = 25;
 SELECT same('SELECT id, v FROM s', 'SELECT id, v FROM t'), count(*) FROM s;
+-- so is whatever else refuses the move of a row that others reference
+ALTER TABLE s ADD CHECK (id < 5000);
+UPDATE t SET id = 5000 WHERE id = 7;
+UPDATE t SET id = 5000000000 WHERE id = 7;
+SELECT same('SELECT id, v FROM s', 'SELECT id, v FROM t'), (SELECT count(*) FROM child WHERE s = 7) AS children;
 -- one that acts on neither waits until it lets the row go
 ALTER TABLE strict_child DROP CONSTRAINT strict_child_s_fkey, ADD FOREIGN KEY (s) REFERENCES s;
 UPDATE t SET id = 600 WHERE id = 20;

@@ -57,6 +57,7 @@ struct Mapping {
     bool delete_at_once;  // dest references origin: rows of dest go before the foreign key is checked
     bool insert_at_once;  // origin references dest: rows of dest come before the foreign key is checked
     bool moves_rows;      // a row whose key changes is moved in dest, too: dest has more of it than is mapped
+    bool deletion_acts;   // foreign keys act on a deletion from dest: CASCADE, SET NULL, SET DEFAULT
     bool upsert_may_fail;
     bool delete_may_fail;
     OnFailure on_failure;

@@ -173,17 +173,28 @@ bool replace(Mapping *m, const Touched &touched) {
     return error == NULL;
 }
 
-// Whether a foreign key has refused to let go of a key that it would act on the deletion of: deleting the row and
-// inserting it anew, which stands in for a move, would take rows of other tables along that nobody has deleted.
-bool would_act_on_deletion(const ErrorData *error) {
+// The foreign key that the error names, unless it is dest's own to another table; else NULL.
+HeapTuple referencing_key(const Mapping *m, const ErrorData *error) {
     if (error->sqlerrcode != ERRCODE_FOREIGN_KEY_VIOLATION || !error->schema_name || !error->table_name ||
         !error->constraint_name)
-        return false;
+        return NULL;
     const Oid table = get_relname_relid(error->table_name, get_namespace_oid(error->schema_name, true));
     const Oid constraint =
         OidIsValid(table) ? get_relation_constraint_oid(table, error->constraint_name, true) : InvalidOid;
     HeapTuple tuple = SearchSysCache1(CONSTROID, ObjectIdGetDatum(constraint));
-    if (!HeapTupleIsValid(tuple)) return false;
+    if (!HeapTupleIsValid(tuple)) return NULL;
+    const Form_pg_constraint form = (Form_pg_constraint)GETSTRUCT(tuple);
+    if (form->conrelid != m->dest || form->confrelid == m->dest) return tuple;
+    ReleaseSysCache(tuple);
+    return NULL;
+}
+
+// Whether deleting the row and inserting it anew, which stands in for a move that was refused, would take rows of other
+// tables along that nobody has deleted. A foreign key that has refused the move does so, or refuses the deletion, too;
+// where anything else has, nothing holds the deletion up.
+bool would_act_on_deletion(const Mapping *m, const ErrorData *error) {
+    HeapTuple tuple = referencing_key(m, error);
+    if (tuple == NULL) return m->deletion_acts;
     const char action = ((Form_pg_constraint)GETSTRUCT(tuple))->confdeltype;
     ReleaseSysCache(tuple);
     return action != FKCONSTR_ACTION_NOACTION && action != FKCONSTR_ACTION_RESTRICT;
@@ -203,7 +214,7 @@ void move_rows(Mapping *m, const Touched &touched, int from, int to) {
     if (m->on_failure == OnFailure::kRaise) return step();
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error && (must_pass_on(m, false, error) || would_act_on_deletion(error))) ReThrowError(error);
+    if (error && (must_pass_on(m, false, error) || would_act_on_deletion(m, error))) ReThrowError(error);
     if (error == NULL || to - from == 1 || none_left()) return;
     const int middle = from + (to - from) / 2;
     move_rows(m, touched, from, middle);

@@ -120,6 +120,17 @@ bool is_referenced(Relation dest) {
     return false;
 }
 
+bool acts_on_deletion(Relation dest) {
+    const TriggerDesc *triggers = dest->trigdesc;
+    for (int i = 0; triggers && i < triggers->numtriggers; i++) {
+        const Oid function = triggers->triggers[i].tgfoid;
+        if (function == F_RI_FKEY_CASCADE_DEL || function == F_RI_FKEY_SETNULL_DEL ||
+            function == F_RI_FKEY_SETDEFAULT_DEL)
+            return true;
+    }
+    return false;
+}
+
 // A btree refuses an entry that is larger than a third of a page, overhead included.
 constexpr int kSafeEntryBytes = BLCKSZ / 4;
 
@@ -227,6 +238,7 @@ void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->insert_at_once = references(origin, m->dest);
     // (Until the first cutover there is nothing in dest but what comes from here, and bulk copies keep SQL waiting.)
     m->moves_rows = m->both_directions && m->carry_delete && !m->ambiguous && has_more_than_mapped(m, dest);
+    m->deletion_acts = acts_on_deletion(dest);
     const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
     m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
