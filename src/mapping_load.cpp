@@ -241,7 +241,8 @@ void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->deletion_acts = acts_on_deletion(dest);
     const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
-    m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
+    m->delete_may_fail =
+        refused || OidIsValid(m->carried) || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
 }
 
 }  // namespace
