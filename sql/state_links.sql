@@ -427,6 +427,21 @@ SELECT count(*) FROM s;
 DELETE FROM migrate._failure;
 SELECT migrate.drop('part');
 DROP TABLE s, t, u;
+-- a row that leaves the filter as its key changes is no move, which a foreign key to the target could refuse
+CREATE TABLE s (id int PRIMARY KEY, active boolean NOT NULL);
+CREATE TABLE t (id int PRIMARY KEY, only_t text);
+CREATE TABLE child (t int REFERENCES t ON DELETE CASCADE);
+INSERT INTO s SELECT g, true FROM generate_series(1, 3) g;
+SELECT migrate.define('leaves', 's', 't', 'id', filter => 'active', on_target_delete => 'delete');
+UPDATE migrate._migration SET both_directions = true;
+SELECT arm('leaves', 'forward'), arm('leaves', 'reverse');
+INSERT INTO child VALUES (1), (2);
+UPDATE s SET id = 10, active = false WHERE id = 1;
+UPDATE s SET id = 20 WHERE id = 2;
+SELECT same('SELECT id FROM s WHERE active', 'SELECT id FROM t'), (SELECT array_agg(t) FROM child) AS children;
+SELECT migrate.drop('leaves');
+DROP TABLE child, s, t;
+
 -- a filter that raises an error is none of the application's on the way back, either
 CREATE TABLE s (id int PRIMARY KEY, n int NOT NULL);
 CREATE TABLE t (id int PRIMARY KEY, n int NOT NULL);

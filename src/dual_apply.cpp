@@ -207,8 +207,10 @@ void move_rows(Mapping *m, const Touched &touched, int from, int to) {
     if (from == to) return;
     auto step = [&] {
         with_spi([&] {
+            KeyArrays all = key_arrays(touched.moved_from, m, 0, touched.moved_from.n);
             for (int i = from; i < to; i++)
-                move_row(m, key_arrays(touched.moved_from, m, i, i + 1), key_arrays(touched.moved_to, m, i, i + 1));
+                move_row(m, key_arrays(touched.moved_from, m, i, i + 1), key_arrays(touched.moved_to, m, i, i + 1),
+                         all);
         });
     };
     if (m->on_failure == OnFailure::kRaise) return step();

@@ -223,8 +223,7 @@ void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
         touch(entry, &Touched::upsert, relation, slot, NULL);
 }
 
-// Dest's row gets the new key before it is known whether the view still has one: the row may be on its way to yet
-// another key, or out of the filter.
+// Dest's row may get the new key on its way to yet another.
 void touch_new_key(CacheEntry *entry, Relation relation, TupleTableSlot *after) {
     touch(entry, &Touched::moved_to, relation, after, NULL);
     touch(entry, &Touched::remove, relation, after, NULL);

@@ -243,7 +243,17 @@ void move_dest_row(Sql &sql, const Mapping *m) {
         sql.comma(i == 0).column(m->dest, key.dest).addf(" = ($%d)[1]::", to + i).type(key.dest_type);
     }
     sql.add(" WHERE ").add(dest_key_in_params(m)).add(" AND NOT EXISTS (SELECT FROM ").relation(m->dest);
-    sql.add(" d WHERE ").add(dest_key_in_params(m, to)).add(")");
+    sql.add(" d WHERE ").add(dest_key_in_params(m, to)).add(") AND (EXISTS (SELECT FROM ").relation(m->view);
+    sql.add(" v WHERE ").add(view_key_in_params(m, to)).add(") OR ");
+    Sql given, left;
+    for (int i = 0; i < m->nparams; i++) {
+        given.comma(i == 0).addf("($%d)[1]", to + i);
+        left.comma(i == 0).addf("$%d", to + m->nparams + i);
+    }
+    if (m->nparams == 1)
+        sql.add(given.c_str()).add(kEqual).add("ANY (").add(left.c_str()).add("))");
+    else
+        sql.add("(").add(given.c_str()).add(") IN (SELECT * FROM unnest(").add(left.c_str()).add(")))");
 }
 
 bool is_only_key(const Mapping *m) {
