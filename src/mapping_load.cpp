@@ -217,9 +217,9 @@ bool keeps_its_key(const Mapping *m, Relation dest) {
 }
 
 // Whether dest's rows have what deleting one and inserting another would lose: columns of their own, or rows elsewhere
-// that reference them. (No UPDATE gives a key that is GENERATED ALWAYS.)
+// that reference them, or one of its partitions. (No UPDATE gives a key that is GENERATED ALWAYS.)
 bool has_more_than_mapped(const Mapping *m, Relation dest) {
-    bool more = is_referenced(dest);
+    bool more = is_referenced(dest) || dest->rd_rel->relkind == RELKIND_PARTITIONED_TABLE;
     for (int i = 0; i < RelationGetNumberOfAttributes(dest); i++) {
         const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(dest), i);
         if (att->attisdropped || att->attgenerated) continue;
