@@ -321,6 +321,22 @@ SELECT (SELECT array_agg((key, sqlstate, object)) FROM migrate._failure) AS fail
 SELECT migrate.drop('moves');
 DROP TABLE s, t, child, strict_child;
 
+-- also where each must have moved before a foreign key's check, and they are more than a transaction may isolate one by one
+CREATE TABLE s (id int PRIMARY KEY, v text NOT NULL);
+CREATE TABLE t (id int PRIMARY KEY REFERENCES s, v text NOT NULL CHECK (v <> 'x'), only_t int);
+CREATE TABLE child (t int NOT NULL REFERENCES t ON UPDATE CASCADE ON DELETE CASCADE);
+INSERT INTO s SELECT g, 'v' || g FROM generate_series(1, 100) g;
+SELECT migrate.define('many_moves', 's', 't', 'id, v', on_target_delete => 'delete');
+UPDATE migrate._migration SET both_directions = true;
+SELECT arm('many_moves', 'forward'), arm('many_moves', 'reverse');
+UPDATE t SET only_t = id;
+INSERT INTO child SELECT id FROM t;
+UPDATE s SET id = id + 1000, v = v || '!';
+BEGIN; SELECT many(1001, 1060, 'UPDATE links_test.s SET id = id + 1000 WHERE id = %s'); SAVEPOINT a; SELECT many(1061, 1064, 'UPDATE links_test.s SET id = id + 1000 WHERE id = %s'); ROLLBACK TO a; SELECT many(1065, 1070, 'UPDATE links_test.s SET id = id + 1000 WHERE id = %s'); COMMIT;
+SELECT same('SELECT id, v FROM s', 'SELECT id, v FROM t'), count(only_t), (SELECT count(*) FROM child) AS children FROM t;
+SELECT migrate.drop('many_moves');
+DROP TABLE child, t, s;
+
 -- several sources in one target: a row whose key changes within its source's share is moved there, too, and one that changes its share
 -- leaves alone what the other source has under the same rest of the key; also on its way over a key that it does not keep
 CREATE TABLE eu (id int PRIMARY KEY, v text NOT NULL, only_s text);

@@ -8,6 +8,8 @@
 namespace migrate {
 namespace {
 
+enum class Write { kUpsert, kRemove };
+
 // More subtransactions than 64 with a transaction ID in one transaction make every snapshot on a replica slow.
 // Statements share the first number; what they leave over is applied at the commit, in bulk, with so many more.
 constexpr int kStatementSubtransactions = 32, kCommitSubtransactions = 24;
@@ -136,6 +138,14 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
     apply_or_record(m, write, list, middle, to, state, object);
 }
 
+void apply_list(Mapping *m, Write write, const KeyList &list) {
+    if (list.n == 0) return;
+    if (is_guarded(m, write))
+        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
+    else
+        apply_plainly(m, write, list, 0, list.n);
+}
+
 // Within SPI; the list is made in `result`.
 void list_missing(Mapping *m, KeyList *list, MemoryContext result) {
     const uint64 rows = find_all_missing(m);
@@ -234,14 +244,6 @@ void launch_retry() {
 
 }  // namespace
 
-void apply_list(Mapping *m, Write write, const KeyList &list) {
-    if (list.n == 0) return;
-    if (is_guarded(m, write))
-        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
-    else
-        apply_plainly(m, write, list, 0, list.n);
-}
-
 void record_gap(const Mapping *m) {
     const Oid types[1] = {INT4OID};
     const Datum values[1] = {Int32GetDatum(m->flow)};
@@ -251,6 +253,11 @@ void record_gap(const Mapping *m) {
 
 bool is_exhausted(const Mapping *m) {
     return m->on_failure == OnFailure::kRecord && needs_subtransaction(m) && none_left();
+}
+
+void apply_removals(Mapping *m, const Touched &touched) {
+    move_rows(m, touched, 0, touched.moved_from.n);
+    apply_list(m, Write::kRemove, touched.remove);
 }
 
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.

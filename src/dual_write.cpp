@@ -54,13 +54,18 @@ void flush(CacheEntry *entry) {
     if (final) MemoryContextDelete(touched.context);
 }
 
-// What is to be gone before a foreign key's check; the rest is left to the commit.
+// What is to be gone, or to have moved, before a foreign key's check; the rest is left to the commit.
 void flush_removals(CacheEntry *entry) {
     Mapping *m = present_mapping(entry);
     if (m == NULL) return;
-    const KeyList removed = copy_keys(entry->touched.remove, m);
-    if (is_final(entry)) memset(&entry->touched.remove, 0, sizeof(KeyList));
-    apply_list(m, Write::kRemove, removed);
+    Touched touched = entry->touched;
+    KeyList Touched::*const lists[] = {&Touched::remove, &Touched::moved_from, &Touched::moved_to};
+    const bool final = is_final(entry);
+    for (KeyList Touched::*list : lists) {
+        touched.*list = copy_keys(touched.*list, m);
+        if (final) memset(&(entry->touched.*list), 0, sizeof(KeyList));
+    }
+    apply_removals(m, touched);
 }
 
 // How many triggers this one is nested in, itself included.
