@@ -34,6 +34,16 @@ void forget_places(KeyList *list);
 // The outermost (sub)transaction that touched one of the keys; there must be one.
 int outermost_level(const Touched &touched);
 
+// Whether a row has left its partition, and not yet come to another.
+inline bool is_under_way(const Touched &touched) {
+    return touched.moved_from.n > touched.moved_to.n;
+}
+
+// No move: a trigger has made something else of it, or has a statement of its own in between.
+inline void forget_departure(Touched *touched) {
+    touched->moved_from.n = touched->moved_to.n;
+}
+
 // A subtransaction of this level is rolled back: the keys it touched need no writing, and its row locks, under which
 // they could be read, are gone.
 void forget_level(Touched *touched, int nest_level);
