@@ -141,6 +141,51 @@ void read_shared(Mapping *m) {
     for (int i = 0; i < list_length(positions); i++) m->shared_key[i] = (AttrNumber)list_nth_int(positions, i);
 }
 
+// The forward view's column that is one of dest's key: one of its own key, or what the reverse mapping reads it from.
+AttrNumber find_carried(const KeyColumn &key, const Row &forward) {
+    int n;
+    const AttrNumber *from = attnums(forward, "key_origin", &n);
+    const int k = position_of(from, n, key.dest);
+    if (k > 0) return attnums(forward, "key_view", &n)[k - 1];
+    const AttrNumber *columns = attnums(forward, "columns", &n);
+    const AttrNumber position = position_of(columns, n, key.origin);
+    return position > 0 && get_atttype(forward.oid("view"), position) == key.dest_type ? position : 0;
+}
+
+// False where it has not all of the key, or is gone.
+bool find_carried_key(Mapping *m, const Row &forward) {
+    if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(forward.oid("view")))) return false;
+    for (int i = 0; i < m->nkey; i++) {
+        if (m->key[i].origin == 0) continue;
+        m->carried_key[i] = find_carried(m->key[i], forward);
+        if (m->carried_key[i] == 0) return false;
+    }
+    return true;
+}
+
+// What a reverse mapping owes to the forward one. Rows of dest that its filter leaves out have none in origin, and are
+// not to be deleted for that (nor is any, where the filter is gone); rows of origin with other constants in the key
+// come from other flows.
+void read_way_forth(Mapping *m) {
+    m->carried_key = (AttrNumber *)palloc0(sizeof(AttrNumber) * m->nkey);
+    for_each_row("_mapping", [&](const Row &row) {
+        if (!is_of(row, m->flow, false)) return;
+        int n;
+        const AttrNumber *to = attnums(row, "key_dest", &n);
+        if (row.flag("filtered") && find_carried_key(m, row))
+            m->carried = row.oid("view");
+        else if (row.flag("filtered"))
+            m->carry_delete = false;
+        Datum *constants;
+        bool *constant_null;
+        deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
+                          &constant_null, &n);
+        m->fixed = (FixedColumn *)palloc(sizeof(FixedColumn) * n);
+        for (int i = 0; i < n; i++)
+            if (!constant_null[i]) m->fixed[m->nfixed++] = {to[i], TextDatumGetCString(constants[i])};
+    });
+}
+
 // planned: the dual writes are just being turned on.
 bool is_before_the_end_of_backfill(const Row &migration) {
     return migration.says("phase", "planned") || migration.says("phase", "dual_writing") ||
@@ -161,7 +206,10 @@ void read_migration(Mapping *m) {
         if (!is_before_the_end_of_backfill(row)) m->copied_by_place = false;
     });
     m->on_failure = is_strict(m->migration) ? OnFailure::kRaise : OnFailure::kRecord;
-    if (!m->reverse) read_shared(m);
+    if (m->reverse)
+        read_way_forth(m);
+    else
+        read_shared(m);
 }
 
 }  // namespace

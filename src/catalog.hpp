@@ -15,6 +15,11 @@ struct KeyColumn {
     Oid dest_type;
 };
 
+struct FixedColumn {
+    AttrNumber origin;
+    const char *constant;
+};
+
 // A failed write's consequence for the statement of the application that caused it.
 enum class OnFailure { kRaise, kRecord };
 
@@ -39,15 +44,20 @@ struct Mapping {
     int *params;  // their positions in key
     int nshared;  // other mapping views with the same dest, whose rows must not be deleted
     Oid *shared;
-    AttrNumber *shared_key;  // nkey positions for each of them
-    bool plain;              // every column is bare or a constant: no expression that could raise an error
-    bool filtered;           // a row may leave the view without leaving origin
-    bool ambiguous;          // origin's key is deferrable: a key may stand twice for a moment
-    bool partial;            // dest has columns that an INSERT from here could not fill: update first
-    bool carry_delete;       // a key that the view has not is deleted from dest
-    bool delete_at_once;     // dest references origin: rows of dest go before the foreign key is checked
-    bool insert_at_once;     // origin references dest: rows of dest come before the foreign key is checked
-    bool moves_rows;         // a row whose key changes is moved in dest, too: dest has more of it than is mapped
+    AttrNumber *shared_key;   // nkey positions for each of them
+    Oid carried;              // in reverse: the forward view where that is filtered; else 0
+    AttrNumber *carried_key;  // nkey positions in it; 0 for a constant
+    int nfixed;               // in reverse: columns of origin's key that the way forth sets to constants
+    FixedColumn *fixed;
+    bool plain;           // every column is bare or a constant: no expression that could raise an error
+    bool filtered;        // a row may leave the view without leaving origin
+    bool ambiguous;       // origin's key is deferrable: a key may stand twice for a moment
+    bool partial;         // dest has columns that an INSERT from here could not fill: update first
+    bool carry_delete;    // a key that the view has not is deleted from dest
+    bool delete_at_once;  // dest references origin: rows of dest go before the foreign key is checked
+    bool insert_at_once;  // origin references dest: rows of dest come before the foreign key is checked
+    bool moves_rows;      // a row whose key changes is moved in dest, too: dest has more of it than is mapped
+    bool deletion_acts;   // foreign keys act on a deletion from dest: CASCADE, SET NULL, SET DEFAULT
     bool upsert_may_fail;
     bool delete_may_fail;
     OnFailure on_failure;

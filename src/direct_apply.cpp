@@ -137,7 +137,8 @@ void write_as_owner(RowPath *rows, Relation origin, Relation dest, const KeySlic
 }  // namespace
 
 bool apply_direct(Mapping *m, const KeySlice &removed, const KeySlice &upserted) {
-    if (is_in_use(m)) return false;
+    // (Whether a row of dest is one that the filter of the way forth lets through, SQL says.)
+    if (is_in_use(m) || (removed.to > removed.from && OidIsValid(m->carried))) return false;
     Relation dest = try_relation_open(m->dest, RowExclusiveLock);
     if (dest) m->dest_owner = dest->rd_rel->relowner;  // it may have changed since the statement's first row
     Relation origin = dest ? try_relation_open(m->origin, AccessShareLock) : NULL;

@@ -8,6 +8,8 @@
 namespace migrate {
 namespace {
 
+enum class Write { kUpsert, kRemove };
+
 // More subtransactions than 64 with a transaction ID in one transaction make every snapshot on a replica slow.
 // Statements share the first number; what they leave over is applied at the commit, in bulk, with so many more.
 constexpr int kStatementSubtransactions = 32, kCommitSubtransactions = 24;
@@ -136,6 +138,14 @@ void apply_or_record(Mapping *m, Write write, const KeyList &list, int from, int
     apply_or_record(m, write, list, middle, to, state, object);
 }
 
+void apply_list(Mapping *m, Write write, const KeyList &list) {
+    if (list.n == 0) return;
+    if (is_guarded(m, write))
+        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
+    else
+        apply_plainly(m, write, list, 0, list.n);
+}
+
 // Within SPI; the list is made in `result`.
 void list_missing(Mapping *m, KeyList *list, MemoryContext result) {
     const uint64 rows = find_all_missing(m);
@@ -173,17 +183,28 @@ bool replace(Mapping *m, const Touched &touched) {
     return error == NULL;
 }
 
-// Whether a foreign key has refused to let go of a key that it would act on the deletion of: deleting the row and
-// inserting it anew, which stands in for a move, would take rows of other tables along that nobody has deleted.
-bool would_act_on_deletion(const ErrorData *error) {
+// The foreign key that the error names, unless it is dest's own to another table; else NULL.
+HeapTuple referencing_key(const Mapping *m, const ErrorData *error) {
     if (error->sqlerrcode != ERRCODE_FOREIGN_KEY_VIOLATION || !error->schema_name || !error->table_name ||
         !error->constraint_name)
-        return false;
+        return NULL;
     const Oid table = get_relname_relid(error->table_name, get_namespace_oid(error->schema_name, true));
     const Oid constraint =
         OidIsValid(table) ? get_relation_constraint_oid(table, error->constraint_name, true) : InvalidOid;
     HeapTuple tuple = SearchSysCache1(CONSTROID, ObjectIdGetDatum(constraint));
-    if (!HeapTupleIsValid(tuple)) return false;
+    if (!HeapTupleIsValid(tuple)) return NULL;
+    const Form_pg_constraint form = (Form_pg_constraint)GETSTRUCT(tuple);
+    if (form->conrelid != m->dest || form->confrelid == m->dest) return tuple;
+    ReleaseSysCache(tuple);
+    return NULL;
+}
+
+// Whether deleting the row and inserting it anew, which stands in for a move that was refused, would take rows of other
+// tables along that nobody has deleted. A foreign key that has refused the move does so, or refuses the deletion, too;
+// where anything else has, nothing holds the deletion up.
+bool would_act_on_deletion(const Mapping *m, const ErrorData *error) {
+    HeapTuple tuple = referencing_key(m, error);
+    if (tuple == NULL) return m->deletion_acts;
     const char action = ((Form_pg_constraint)GETSTRUCT(tuple))->confdeltype;
     ReleaseSysCache(tuple);
     return action != FKCONSTR_ACTION_NOACTION && action != FKCONSTR_ACTION_RESTRICT;
@@ -196,14 +217,16 @@ void move_rows(Mapping *m, const Touched &touched, int from, int to) {
     if (from == to) return;
     auto step = [&] {
         with_spi([&] {
+            KeyArrays all = key_arrays(touched.moved_from, m, 0, touched.moved_from.n);
             for (int i = from; i < to; i++)
-                move_row(m, key_arrays(touched.moved_from, m, i, i + 1), key_arrays(touched.moved_to, m, i, i + 1));
+                move_row(m, key_arrays(touched.moved_from, m, i, i + 1), key_arrays(touched.moved_to, m, i, i + 1),
+                         all);
         });
     };
     if (m->on_failure == OnFailure::kRaise) return step();
     subtransactions++;
     ErrorData *error = attempt(Undo::kSubtransaction, step);
-    if (error && (must_pass_on(m, false, error) || would_act_on_deletion(error))) ReThrowError(error);
+    if (error && (must_pass_on(m, false, error) || would_act_on_deletion(m, error))) ReThrowError(error);
     if (error == NULL || to - from == 1 || none_left()) return;
     const int middle = from + (to - from) / 2;
     move_rows(m, touched, from, middle);
@@ -221,14 +244,6 @@ void launch_retry() {
 
 }  // namespace
 
-void apply_list(Mapping *m, Write write, const KeyList &list) {
-    if (list.n == 0) return;
-    if (is_guarded(m, write))
-        apply_or_record(m, write, list, 0, list.n, NULL, NULL);
-    else
-        apply_plainly(m, write, list, 0, list.n);
-}
-
 void record_gap(const Mapping *m) {
     const Oid types[1] = {INT4OID};
     const Datum values[1] = {Int32GetDatum(m->flow)};
@@ -238,6 +253,11 @@ void record_gap(const Mapping *m) {
 
 bool is_exhausted(const Mapping *m) {
     return m->on_failure == OnFailure::kRecord && needs_subtransaction(m) && none_left();
+}
+
+void apply_removals(Mapping *m, const Touched &touched) {
+    move_rows(m, touched, 0, touched.moved_from.n);
+    apply_list(m, Write::kRemove, touched.remove);
 }
 
 // Deletes come first: a key that was taken away and given to another row must be free before that row is written.

@@ -4,13 +4,12 @@
 
 namespace migrate {
 
-enum class Write { kUpsert, kRemove };
-
-// One list of keys. strict: an error is the statement's. best_effort: what fails is recorded, and a worker retries it.
-void apply_list(Mapping *mapping, Write write, const KeyList &list);
-
-// Removals and upserts, as one change where dest allows.
+// Removals and upserts, as one change where dest allows. strict: an error is the statement's. best_effort: what fails
+// is recorded, and a worker retries it.
 void apply_touched(Mapping *mapping, const Touched &touched);
+
+// Of that only the moves of rows whose key has changed, and the removals.
+void apply_removals(Mapping *mapping, const Touched &touched);
 
 // TRUNCATE of origin.
 void apply_truncation(Mapping *mapping);

@@ -8,7 +8,7 @@
 #include "dual_apply.hpp"
 #include "flow.hpp"
 #include "mapping_cache.hpp"
-#include "mutant.hpp"
+#include "row_event.hpp"
 
 MIGRATE_FUNCTION(migrate_dual_write_row)
 MIGRATE_FUNCTION(migrate_dual_write_flush)
@@ -29,6 +29,7 @@ bool is_final(const CacheEntry *entry) {
 
 void flush(CacheEntry *entry) {
     Touched touched = entry->touched;
+    forget_departure(&touched);
     if (touched.upsert.n == 0 && touched.remove.n == 0) return;
     if (touched.left_over) forget_places(&touched.upsert);
     const bool final = is_final(entry);
@@ -43,18 +44,18 @@ void flush(CacheEntry *entry) {
     if (final) MemoryContextDelete(touched.context);
 }
 
-// What is to be gone before a foreign key's check; the rest is left to the commit.
+// What is to be gone, or to have moved, before a foreign key's check; the rest is left to the commit.
 void flush_removals(CacheEntry *entry) {
     Mapping *m = present_mapping(entry);
     if (m == NULL) return;
-    const KeyList removed = copy_keys(entry->touched.remove, m);
-    if (is_final(entry)) memset(&entry->touched.remove, 0, sizeof(KeyList));
-    apply_list(m, Write::kRemove, removed);
-}
-
-// How many triggers this one is nested in, itself included.
-int trigger_depth() {
-    return DatumGetInt32(DirectFunctionCall1(pg_trigger_depth, (Datum)0));
+    Touched touched = entry->touched;
+    KeyList Touched::*const lists[] = {&Touched::remove, &Touched::moved_from, &Touched::moved_to};
+    const bool final = is_final(entry);
+    for (KeyList Touched::*list : lists) {
+        touched.*list = copy_keys(touched.*list, m);
+        if (final) memset(&(entry->touched.*list), 0, sizeof(KeyList));
+    }
+    apply_removals(m, touched);
 }
 
 // A statement within a statement (a user's trigger, a foreign key's cascade) leaves its keys to the one around it: only
@@ -118,88 +119,6 @@ void at_subtransaction_end(SubXactEvent event, SubTransactionId, SubTransactionI
     });
 }
 
-// ---- what a row event touched
-// ------------------------------------------------------------------------------------------
-
-// The attribute of the trigger's relation (a partition may number them otherwise) that is origin's `attnum`.
-AttrNumber local_attnum(const Mapping *m, Relation relation, AttrNumber attnum) {
-    if (RelationGetRelid(relation) == m->origin) return attnum;
-    return get_attnum(RelationGetRelid(relation), get_attname(m->origin, attnum, false));
-}
-
-void read_key(const Mapping *m, Relation relation, TupleTableSlot *slot, Datum *values) {
-    for (int i = 0; i < m->nparams; i++) {
-        bool isnull;
-        values[i] = slot_getattr(slot, local_attnum(m, relation, m->key[m->params[i]].origin), &isnull);
-        if (isnull)
-            ereport(ERROR, (errcode(ERRCODE_NOT_NULL_VIOLATION),
-                            errmsg("null in key column \"%s\" of \"%s\"",
-                                   get_attname(m->origin, m->key[m->params[i]].origin, false),
-                                   RelationGetRelationName(relation)),
-                            errhint("A migrated key must be NOT NULL: ALTER TABLE %s ALTER COLUMN … SET NOT NULL;",
-                                    RelationGetRelationName(relation))));
-    }
-}
-
-bool same_value(TupleTableSlot *a, TupleTableSlot *b, AttrNumber attnum) {
-    bool a_null, b_null;
-    const Datum left = slot_getattr(a, attnum, &a_null), right = slot_getattr(b, attnum, &b_null);
-    if (a_null || b_null) return a_null && b_null;
-    const Form_pg_attribute att = TupleDescAttr(a->tts_tupleDescriptor, attnum - 1);
-    if (att->attlen == -1 && DatumGetPointer(left) != DatumGetPointer(right) &&
-        VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(left)) && VARATT_IS_EXTERNAL_ONDISK(DatumGetPointer(right)) &&
-        memcmp(DatumGetPointer(left), DatumGetPointer(right), VARSIZE_EXTERNAL(DatumGetPointer(left))) == 0)
-        return true;  // an unchanged toasted value: the same pointer
-    return datum_image_eq(left, right, att->attbyval, att->attlen);
-}
-
-// Whether nothing that the mapping reads has changed: then dest's row is right already.
-bool unchanged(const Mapping *m, Relation relation, TupleTableSlot *before, TupleTableSlot *after) {
-    if (m->nreads == 1 && m->reads[0] == 0) return false;
-    for (int i = 0; i < m->nreads; i++)
-        if (!same_value(before, after, local_attnum(m, relation, m->reads[i]))) return false;
-    return true;
-}
-
-// Not where the row's place matters, too: place_scan.hpp.
-bool may_pass_over(const Mapping *m) {
-    return !m->copied_by_place || is_mutant(mutant::skip_by_place);
-}
-
-bool same_key(const Mapping *m, Relation relation, TupleTableSlot *before, TupleTableSlot *after) {
-    for (int i = 0; i < m->nparams; i++)
-        if (!same_value(before, after, local_attnum(m, relation, m->key[m->params[i]].origin))) return false;
-    return true;
-}
-
-// place: where the row that has the key now is, or NULL.
-void touch(CacheEntry *entry, KeyList Touched::*list, Relation relation, TupleTableSlot *slot,
-           const ItemPointerData *place) {
-    Datum values[INDEX_MAX_KEYS];
-    read_key(entry->mapping, relation, slot, values);
-    Touched &touched = entry->touched;
-    const int depth = trigger_depth();
-    const bool none = touched.upsert.n == 0 && touched.remove.n == 0;
-    touched.trigger_depth = none ? depth : Min(touched.trigger_depth, depth);
-    if (touched.context == NULL)
-        touched.context =
-            AllocSetContextCreate(TopTransactionContext, "migrate_ext touched keys", ALLOCSET_SMALL_SIZES);
-    append_key(&(touched.*list), entry->mapping, values, place, touched.context);
-}
-
-// A key that a row has lost. Where origin's key is deferrable another row may have it too, and be the one that stays.
-void touch_old_key(CacheEntry *entry, Relation relation, TupleTableSlot *slot) {
-    if (entry->mapping->carry_delete) touch(entry, &Touched::remove, relation, slot, NULL);
-    if (entry->mapping->ambiguous && !is_mutant(mutant::new_key_only))
-        touch(entry, &Touched::upsert, relation, slot, NULL);
-}
-
-// A row that this transaction wrote: foreign keys check it again at each update, as they do an inserted one, and the
-// dual write of its insertion may still be to come (a trigger of the user's that comes before ours by name updates it).
-bool is_new(HeapTuple row) {
-    return TransactionIdIsCurrentTransactionId(HeapTupleHeaderGetXmin(row->t_data));
-}
-
 // Whether a partition has our statement triggers. One that was made or attached since has the row trigger only: its
 // other writes are carried by nobody, and when it is gone again nothing is there to tell that it was.
 bool is_armed(Relation partition, const Trigger *row) {
@@ -223,33 +142,11 @@ void look_for_gap(CacheEntry *entry, const TriggerData *data) {
     entry->gap_level = GetCurrentTransactionNestLevel();
 }
 
-void note_event(CacheEntry *entry, TriggerData *data) {
+void note_event(CacheEntry *entry, const TriggerData *data) {
     const Mapping *m = entry->mapping;
-    Relation relation = data->tg_relation;
-    TupleTableSlot *row = data->tg_trigslot;
-    bool at_once = false;
-    if (TRIGGER_FIRED_BY_INSERT(data->tg_event)) {
-        touch(entry, &Touched::upsert, relation, row, &row->tts_tid);
-        at_once = m->insert_at_once;
-    } else if (TRIGGER_FIRED_BY_DELETE(data->tg_event)) {
-        touch_old_key(entry, relation, row);
-        at_once = m->delete_at_once;
-    } else {
-        TupleTableSlot *after = data->tg_newslot;
-        if (may_pass_over(m) && unchanged(m, relation, row, after)) return;
-        const bool moved = !same_key(m, relation, row, after);
-        if (moved || m->filtered) {
-            touch_old_key(entry, relation, row);
-            at_once = m->delete_at_once;
-        }
-        touch(entry, &Touched::upsert, relation, after, &after->tts_tid);
-        if (moved && m->moves_rows) {
-            touch(entry, &Touched::moved_from, relation, row, NULL);
-            touch(entry, &Touched::moved_to, relation, after, NULL);
-        }
-        at_once = at_once || (m->insert_at_once && (moved || is_new(data->tg_trigtuple)));
-    }
+    const bool at_once = note_row(entry, data);
     DEBUG_POINT("dual write: keys noted");
+    if (is_under_way(entry->touched)) return;
     if (entry->touched.upsert.n + entry->touched.remove.n >= kFlushAt && is_final(entry)) {
         grant_subtransactions();
         flush(entry);

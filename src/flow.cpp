@@ -38,13 +38,13 @@ int times_in_use(const Mapping *m) {
 bool may_read_views(const Mapping *m) {
     for (int i = -1; i < m->nshared; i++)
         if (!has_table_rights(i < 0 ? m->view : m->shared[i], m->dest_owner, ACL_SELECT | ACL_UPDATE)) return false;
-    return true;
+    return !OidIsValid(m->carried) || has_table_rights(m->carried, m->dest_owner, ACL_SELECT);
 }
 
 bool is_view_of(const Mapping *m, Oid relation) {
     for (int i = 0; i < m->nshared; i++)
         if (m->shared[i] == relation) return true;
-    return m->view == relation;
+    return m->view == relation || (OidIsValid(relation) && m->carried == relation);
 }
 
 bool read_views_as_their_owner(Node *node, const Mapping *m) {
@@ -56,7 +56,7 @@ bool read_views_as_their_owner(Node *node, const Mapping *m) {
 
 // A generic plan, until SPI_finish or SPI_keepplan, whose parameters are the arrays of one list of keys, or of several.
 SPIPlanPtr prepare(const Mapping *m, const char *sql, int lists) {
-    Oid types[2 * INDEX_MAX_KEYS];
+    Oid types[3 * INDEX_MAX_KEYS];
     for (int i = 0; i < m->nparams * lists; i++)
         types[i] = get_array_type(m->key[m->params[i % m->nparams]].origin_type);
     SPIPlanPtr plan = SPI_prepare_cursor(sql, m->nparams * lists, types, CURSOR_OPT_GENERIC_PLAN);
@@ -115,12 +115,11 @@ bool holds_by_upsert(const Mapping *m) {
     return !m->partial && !is_only_key(m);
 }
 
-// The parameters of a statement that takes two lists of keys.
-KeyArrays both(const Mapping *m, KeyArrays first, KeyArrays second) {
-    const Size size = sizeof(Datum) * m->nparams;
-    KeyArrays keys = (KeyArrays)palloc(2 * size);
-    memcpy(keys, first, size);
-    memcpy(keys + m->nparams, second, size);
+// The parameters of a statement that takes several lists of keys.
+template <int n>
+KeyArrays joined(const Mapping *m, const KeyArrays (&lists)[n]) {
+    KeyArrays keys = (KeyArrays)palloc(sizeof(Datum) * m->nparams * n);
+    for (int i = 0; i < n * m->nparams; i++) keys[i] = lists[i / m->nparams][i % m->nparams];
     return keys;
 }
 
@@ -203,7 +202,7 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
         return;
     }
     keep_out_bulk_copies(m);
-    KeyArrays keys = both(m, removed, upserted);
+    KeyArrays keys = joined(m, {removed, upserted});
     as_dest_owner(m, 0, [&] {
         auto build = [&](Sql &sql) {
             delete_missing(sql.add("WITH removed AS ("), m, dest_key_in_params(m));
@@ -215,12 +214,12 @@ void replace_keys(Mapping *m, KeyArrays removed, KeyArrays upserted) {
     });
 }
 
-void move_row(Mapping *m, KeyArrays from, KeyArrays to) {
+void move_row(Mapping *m, KeyArrays from, KeyArrays to, KeyArrays all) {
     keep_out_bulk_copies(m);
-    KeyArrays keys = both(m, from, to);
+    KeyArrays keys = joined(m, {from, to, all});
     as_dest_owner(m, 0, [&] {
         run_latest(kept_plan(
-                       m, &m->move, [&](Sql &sql) { move_dest_row(sql, m); }, 2),
+                       m, &m->move, [&](Sql &sql) { move_dest_row(sql, m); }, 3),
                    keys, NULL);
     });
 }

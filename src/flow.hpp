@@ -20,9 +20,10 @@ void remove_keys(Mapping *mapping, KeyArrays keys);
 // their actions taken, on the outcome: a row may have been turned away from one that goes. As above.
 void replace_keys(Mapping *mapping, KeyArrays removed, KeyArrays upserted);
 
-// Gives the row of dest that has the one key the other, if the view has that one and dest has not: what dest alone has
-// of the row goes with it. As above.
-void move_row(Mapping *mapping, KeyArrays from, KeyArrays to);
+// Gives the row of dest that has the one key the other, if dest has no row with that one, and the view has, or the row
+// is to move on from there (`all` are the keys that rows move from): what dest alone has of the row goes with it. As
+// above.
+void move_row(Mapping *mapping, KeyArrays from, KeyArrays to, KeyArrays all);
 
 // For an upsert that this unique index of dest refuses: deletes the rows that hold there what the view's rows with
 // these keys are to have, and that no mapping view yields. (Their removal is still to come: the statement around this

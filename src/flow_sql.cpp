@@ -95,12 +95,28 @@ void on_conflict(Sql &sql, const Mapping *m) {
             .add(")::record");
 }
 
+// v.k1 = d.k1 AND …: whether the filter of the way forth has let one row of dest through.
+void is_carried(Sql &sql, const Mapping *m) {
+    bool first = true;
+    for (int i = 0; i < m->nkey; i++) {
+        if (m->carried_key[i] == 0) continue;
+        sql.sep(first, " AND ").add("v.").column(m->carried, m->carried_key[i]);
+        sql.add(kEqual).add("d.").column(m->dest, m->key[i].dest);
+        first = false;
+    }
+}
+
 // FROM dest d WHERE <condition> AND NOT EXISTS (SELECT FROM view v WHERE v.k = d.k) [for each view that feeds dest]
+// [AND EXISTS (SELECT FROM forward_view v WHERE v.k = d.k)]
 void from_missing(Sql &sql, const Mapping *m, const char *condition) {
     sql.add(" FROM ").relation(m->dest).add(" d WHERE ").add(condition);
     for (int i = is_mutant(mutant::event_not_state) ? m->nshared : -1; i < m->nshared; i++) {
         const Oid view = i < 0 ? m->view : m->shared[i];
         view_row_is_dest_row(sql.add(" AND NOT EXISTS (SELECT FROM ").relation(view).add(" v WHERE "), m, i);
+        sql.add(")");
+    }
+    if (OidIsValid(m->carried)) {
+        is_carried(sql.add(" AND EXISTS (SELECT FROM ").relation(m->carried).add(" v WHERE "), m);
         sql.add(")");
     }
 }
@@ -226,9 +242,18 @@ void move_dest_row(Sql &sql, const Mapping *m) {
         const KeyColumn &key = m->key[m->params[i]];
         sql.comma(i == 0).column(m->dest, key.dest).addf(" = ($%d)[1]::", to + i).type(key.dest_type);
     }
-    sql.add(" WHERE ").add(dest_key_in_params(m)).add(" AND EXISTS (SELECT FROM ").relation(m->view).add(" v WHERE ");
-    sql.add(view_key_in_params(m, to)).add(") AND NOT EXISTS (SELECT FROM ").relation(m->dest).add(" d WHERE ");
-    sql.add(dest_key_in_params(m, to)).add(")");
+    sql.add(" WHERE ").add(dest_key_in_params(m)).add(" AND NOT EXISTS (SELECT FROM ").relation(m->dest);
+    sql.add(" d WHERE ").add(dest_key_in_params(m, to)).add(") AND (EXISTS (SELECT FROM ").relation(m->view);
+    sql.add(" v WHERE ").add(view_key_in_params(m, to)).add(") OR ");
+    Sql given, left;
+    for (int i = 0; i < m->nparams; i++) {
+        given.comma(i == 0).addf("($%d)[1]", to + i);
+        left.comma(i == 0).addf("$%d", to + m->nparams + i);
+    }
+    if (m->nparams == 1)
+        sql.add(given.c_str()).add(kEqual).add("ANY (").add(left.c_str()).add("))");
+    else
+        sql.add("(").add(given.c_str()).add(") IN (SELECT * FROM unnest(").add(left.c_str()).add(")))");
 }
 
 bool is_only_key(const Mapping *m) {

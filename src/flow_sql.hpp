@@ -35,7 +35,8 @@ void insert_from(Sql &sql, const Mapping *m, const char *from, const char *condi
 // Whether the mapping has no columns but the key's: then an upsert finds nothing to write where dest has the row.
 bool is_only_key(const Mapping *m);
 
-// UPDATE dest d SET k = ($2)[1] WHERE d.k = ANY ($1) AND <the view has $2> AND <dest has not>
+// UPDATE dest d SET k = ($2)[1] WHERE d.k = ANY ($1) AND <dest has not $2>
+// AND (<the view has $2> OR ($2)[1] = ANY ($3))
 void move_dest_row(Sql &sql, const Mapping *m);
 
 // SELECT FROM dest d WHERE <keys of the parameters> FOR NO KEY UPDATE

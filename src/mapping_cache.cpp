@@ -10,8 +10,9 @@ HTAB *cache = NULL;
 // Any change to origin or dest (DDL, options by migrate._invalidate) makes the mapping be read again.
 void relation_changed(Datum, Oid relid) {
     for_each_entry([relid](CacheEntry *entry) {
-        if (entry->mapping && (relid == InvalidOid || relid == entry->mapping->origin ||
-                               relid == entry->mapping->dest || relid == entry->mapping->view))
+        if (entry->mapping &&
+            (relid == InvalidOid || relid == entry->mapping->origin || relid == entry->mapping->dest ||
+             relid == entry->mapping->view || relid == entry->mapping->carried))
             entry->stale = true;
     });
 }

@@ -8,17 +8,26 @@ bool is_over_plain_columns(Relation index) {
     return RelationGetIndexPredicate(index) == NIL && RelationGetIndexExpressions(index) == NIL;
 }
 
-// Whether no unique index that is checked at once is over just the key's columns (constants are none): then a key may
-// stand twice in origin for a moment.
+bool is_fixed(const Mapping *m, AttrNumber attnum) {
+    for (int i = 0; i < m->nfixed; i++)
+        if (m->fixed[i].origin == attnum) return true;
+    return false;
+}
+
+// Whether no unique index that is checked at once is over just the key's columns (constants are none), and such as have
+// one value in all rows of this flow: then a key may stand twice in origin for a moment.
 bool is_ambiguous(const Mapping *m, Relation origin) {
     bool ambiguous = true;
     for_each_index(origin, [&](Relation index) {
         const Form_pg_index form = index->rd_index;
-        bool is_over_key =
-            form->indisunique && form->indimmediate && form->indnkeyatts == m->nparams && is_over_plain_columns(index);
-        for (int i = 0; i < form->indnkeyatts && is_over_key; i++)
-            is_over_key = is_key(m, &KeyColumn::origin, form->indkey.values[i]) && compares_as_column(origin, index, i);
-        if (is_over_key) ambiguous = false;
+        bool is_over_key = form->indisunique && form->indimmediate && is_over_plain_columns(index);
+        int keys = 0;
+        for (int i = 0; i < form->indnkeyatts && is_over_key; i++) {
+            const bool key = is_key(m, &KeyColumn::origin, form->indkey.values[i]);
+            keys += key;
+            is_over_key = (key || is_fixed(m, form->indkey.values[i])) && compares_as_column(origin, index, i);
+        }
+        if (is_over_key && keys == m->nparams) ambiguous = false;
     });
     return ambiguous;
 }
@@ -111,6 +120,17 @@ bool is_referenced(Relation dest) {
     return false;
 }
 
+bool acts_on_deletion(Relation dest) {
+    const TriggerDesc *triggers = dest->trigdesc;
+    for (int i = 0; triggers && i < triggers->numtriggers; i++) {
+        const Oid function = triggers->triggers[i].tgfoid;
+        if (function == F_RI_FKEY_CASCADE_DEL || function == F_RI_FKEY_SETNULL_DEL ||
+            function == F_RI_FKEY_SETDEFAULT_DEL)
+            return true;
+    }
+    return false;
+}
+
 // A btree refuses an entry that is larger than a third of a page, overhead included.
 constexpr int kSafeEntryBytes = BLCKSZ / 4;
 
@@ -197,9 +217,9 @@ bool keeps_its_key(const Mapping *m, Relation dest) {
 }
 
 // Whether dest's rows have what deleting one and inserting another would lose: columns of their own, or rows elsewhere
-// that reference them. (No UPDATE gives a key that is GENERATED ALWAYS.)
+// that reference them, or one of its partitions. (No UPDATE gives a key that is GENERATED ALWAYS.)
 bool has_more_than_mapped(const Mapping *m, Relation dest) {
-    bool more = is_referenced(dest);
+    bool more = is_referenced(dest) || dest->rd_rel->relkind == RELKIND_PARTITIONED_TABLE;
     for (int i = 0; i < RelationGetNumberOfAttributes(dest); i++) {
         const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(dest), i);
         if (att->attisdropped || att->attgenerated) continue;
@@ -218,9 +238,11 @@ void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
     m->insert_at_once = references(origin, m->dest);
     // (Until the first cutover there is nothing in dest but what comes from here, and bulk copies keep SQL waiting.)
     m->moves_rows = m->both_directions && m->carry_delete && !m->ambiguous && has_more_than_mapped(m, dest);
+    m->deletion_acts = acts_on_deletion(dest);
     const bool refused = (m->filtered && !m->reverse) || !owner_may_write(m) || has_ways_of_its_own(dest);
     m->upsert_may_fail = refused || upsert_may_fail(m, origin, dest, view);
-    m->delete_may_fail = refused || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
+    m->delete_may_fail =
+        refused || OidIsValid(m->carried) || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct Touched {
     KeyList upsert;                // keys that origin has, or had, after a write
     KeyList remove;                // keys that a write may have taken away
     KeyList moved_from, moved_to;  // pairs: the key that a row had, and has since (where Mapping::moves_rows)
+    int departure_depth;           // of the event that left a row's move to another partition half told
     int trigger_depth;             // of the outermost statement that touched one of them
     bool left_over;  // a statement has ended without their being applied: origin may have new storage since
     MemoryContext context;
@@ -32,6 +33,16 @@ void forget_places(KeyList *list);
 
 // The outermost (sub)transaction that touched one of the keys; there must be one.
 int outermost_level(const Touched &touched);
+
+// Whether a row has left its partition, and not yet come to another.
+inline bool is_under_way(const Touched &touched) {
+    return touched.moved_from.n > touched.moved_to.n;
+}
+
+// No move: a trigger has made something else of it, or has a statement of its own in between.
+inline void forget_departure(Touched *touched) {
+    touched->moved_from.n = touched->moved_to.n;
+}
 
 // A subtransaction of this level is rolled back: the keys it touched need no writing, and its row locks, under which
 // they could be read, are gone.
