@@ -182,7 +182,7 @@ void read_way_forth(Mapping *m) {
                           &constant_null, &n);
         m->fixed = (FixedColumn *)palloc(sizeof(FixedColumn) * n);
         for (int i = 0; i < n; i++)
-            if (!constant_null[i]) m->fixed[m->nfixed++] = {to[i], TextDatumGetCString(constants[i])};
+            if (!constant_null[i]) m->fixed[m->nfixed++] = {to[i], TextDatumGetCString(constants[i]), 0};
     });
 }
 

@@ -18,6 +18,7 @@ struct KeyColumn {
 struct FixedColumn {
     AttrNumber origin;
     const char *constant;
+    Datum value;  // the same as one of origin's column
 };
 
 // A failed write's consequence for the statement of the application that caused it.

@@ -245,6 +245,21 @@ void look_at(Mapping *m, Relation origin, Relation dest, Relation view) {
         refused || OidIsValid(m->carried) || is_referenced(dest) || has_trigger_for(dest, TRIGGER_TYPE_DELETE);
 }
 
+// The constants as values of origin's columns, under the settings that they are written under.
+void read_constants(Mapping *m) {
+    if (m->nfixed == 0) return;
+    with_user(m->dest_owner, SECURITY_RESTRICTED_OPERATION, [m] {
+        pin_output_settings();
+        for (int i = 0; i < m->nfixed; i++) {
+            Oid type, collation, input, argument;
+            int32 typmod;
+            get_atttypetypmodcoll(m->origin, m->fixed[i].origin, &type, &typmod, &collation);
+            getTypeInputInfo(getBaseTypeAndTypmod(type, &typmod), &input, &argument);
+            m->fixed[i].value = OidInputFunctionCall(input, const_cast<char *>(m->fixed[i].constant), argument, typmod);
+        }
+    });
+}
+
 }  // namespace
 
 bool owner_may_write(const Mapping *m) {
@@ -275,6 +290,7 @@ Mapping *load_mapping(int32 flow, bool reverse, Lifetime lifetime) {
     m->flow = flow, m->reverse = reverse;
     bool found = read_mapping(m);
     if (found) look_at_tables(m);
+    if (found && !m->lost) read_constants(m);
     if (!kept && m->lost) found = false;
     MemoryContextSwitchTo(old);
     if (!found) {

@@ -68,12 +68,9 @@ bool is_own(const Mapping *m, Relation relation, TupleTableSlot *slot) {
         const AttrNumber attnum = local_attnum(m, relation, m->fixed[i].origin);
         const Datum value = slot_getattr(slot, attnum, &isnull);
         const Form_pg_attribute att = TupleDescAttr(RelationGetDescr(relation), attnum - 1);
-        Oid input, argument;
-        getTypeInputInfo(getBaseType(att->atttypid), &input, &argument);
-        const Datum constant =
-            OidInputFunctionCall(input, const_cast<char *>(m->fixed[i].constant), argument, att->atttypmod);
         FmgrInfo *equal = &lookup_type_cache(att->atttypid, TYPECACHE_EQ_OPR_FINFO)->eq_opr_finfo;
-        if (isnull || !DatumGetBool(FunctionCall2Coll(equal, att->attcollation, value, constant))) return false;
+        if (isnull || !DatumGetBool(FunctionCall2Coll(equal, att->attcollation, value, m->fixed[i].value)))
+            return false;
     }
     return true;
 }

@@ -300,7 +300,7 @@ BEGIN
         f.reverse_gaps := '{}';
     END IF;
     IF filter IS NOT NULL THEN
-        f.reverse_gaps := f.reverse_gaps || format('a row inserted into %s with the key of a row of %s that the filter leaves out is written over that row', target, source);
+        f.reverse_gaps := f.reverse_gaps || format('a row inserted into %1$s with the key of a row of %2$s that the filter leaves out is written over that row; where defaults of %2$s make it one that the filter leaves out, it stays there when it is deleted from %1$s', target, source);
     END IF;
     f.reverse_gaps := f.reverse_gaps || migrate._make_reverse(f, r.mapping, r.filter, r.fixed, path, caller);
     UPDATE migrate._flow x SET not_carried = f.not_carried, reverse_gaps = f.reverse_gaps,
