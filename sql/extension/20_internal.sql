@@ -19,6 +19,13 @@ LANGUAGE sql STABLE COST 1000 ROWS 5 AS $$
     SELECT relation UNION ALL SELECT relid FROM pg_partition_tree(relation) WHERE relid <> relation
 $$;
 
+-- The role that owned it was dropped, and its tables were given to another: so is the migration. (With its tables it is a superuser's.)
+CREATE FUNCTION migrate._inherit(m migrate._migration) RETURNS migrate._migration
+LANGUAGE sql AS $$
+    UPDATE migrate._migration x SET owner = coalesce((SELECT c.relowner::regrole FROM migrate._flow f JOIN pg_class c ON c.oid = f.source WHERE f.migration = m.id ORDER BY f.id LIMIT 1), m.owner)
+    WHERE x.id = m.id RETURNING x
+$$;
+
 -- The migration called `name`, locked against every other verb and against the worker's current batch until the transaction
 -- ends; raises unless `caller` is a member of its owner and still a member of the owners of all its tables.
 CREATE FUNCTION migrate._lock(caller regrole, name text) RETURNS migrate._migration
@@ -28,7 +35,10 @@ DECLARE
     f record;
 BEGIN
     SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
-    IF NOT FOUND OR NOT pg_has_role(caller, m.owner, 'MEMBER') THEN
+    IF m.id IS NOT NULL AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = m.owner) THEN
+        m := migrate._inherit(m);
+    END IF;
+    IF m.id IS NULL OR NOT pg_has_role(caller, m.owner, 'MEMBER') THEN
         PERFORM migrate._raise('42704', format('migration "%s" does not exist', name), '',
             'SELECT name, phase FROM migrate.migration; lists yours.');
     END IF;

@@ -60,7 +60,9 @@ BEGIN
         ELSIF j.action IN ('watch', 'rollback') THEN  -- what else the worker does must go on
             wait_ms := migrate._backoff_ms(tries, 1000, 60000);
         ELSE
-            PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate));
+            PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate)
+                -- (Something was dropped, renamed or revoked; what it takes to go on is told there.)
+                || CASE WHEN sqlstate ~ '^42' THEN format('; SELECT * FROM migrate.preflight(%L) WHERE severity = ''error''; may tell why', m.name) ELSE '' END);
         END IF;
     END CASE;
 END $$;

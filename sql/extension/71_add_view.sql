@@ -122,6 +122,7 @@ DECLARE
     f migrate._flow;
     known migrate._view;
 BEGIN
+    PERFORM migrate._require_whole(m);
     IF shape IS NULL OR shape NOT IN ('target', 'source') THEN
         PERFORM migrate._raise('22023', format('shape "%s" of a view does not exist', shape), '',
             'Shape target gives the view the target''s columns, shape source lets a view take the source''s name and columns.');

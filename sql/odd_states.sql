@@ -1,0 +1,164 @@
+-- States that somebody else has brought a migration into: each says what is the matter, and the call that it gives works when it is pasted.
+\set SHOW_CONTEXT never
+SET client_min_messages = notice;
+SET jit = off;
+CREATE SCHEMA odd;
+CREATE ROLE odd_owner;
+CREATE ROLE odd_heir;
+CREATE ROLE odd_dba SUPERUSER;
+SET SESSION AUTHORIZATION odd_dba;
+GRANT USAGE, CREATE ON SCHEMA odd TO odd_owner, odd_heir;
+SET search_path = odd;
+CREATE TABLE src (id int PRIMARY KEY, v text);
+INSERT INTO src SELECT g, 'value' FROM generate_series(1, 300) g;
+CREATE TABLE dst (id int PRIMARY KEY, v text);
+-- (wait prints lines that depend on the machine's speed.)
+CREATE PROCEDURE until(condition text) LANGUAGE plpgsql AS $$
+DECLARE
+    holds boolean;
+BEGIN
+    FOR i IN 1 .. 1200 LOOP
+        EXECUTE 'SELECT ' || condition || ' FROM migrate.progress p' INTO holds;
+        COMMIT;
+        EXIT WHEN holds;
+        PERFORM pg_sleep(0.05);
+        COMMIT;
+    END LOOP;
+    IF holds IS NOT TRUE THEN
+        RAISE WARNING '%', (SELECT string_agg(format('%s, %s, %s, %s', p.phase, p.state, p.throttled_by, p.last_error), '; ') FROM migrate.progress p);
+    END IF;
+END $$;
+GRANT EXECUTE ON PROCEDURE until TO PUBLIC;
+CREATE VIEW errors AS SELECT p."check", p.message, p.hint FROM migrate.migration m, LATERAL migrate.preflight(m.name) p WHERE p.severity = 'error';
+
+-- A session that may not write: the verbs that do say so, those that only look go on
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SET default_transaction_read_only = on;
+SELECT migrate.start('odd');
+SELECT count(*) > 0 AS looked FROM migrate.preflight('odd');
+SELECT migrate.plan('odd') LIKE '# Migration%' AS planned;
+BEGIN;
+SELECT migrate.pause('odd');
+ROLLBACK;
+BEGIN READ WRITE;
+SELECT migrate.set('odd', 'shadow_time', '0');
+COMMIT;
+SET default_transaction_read_only = off;
+SET default_transaction_isolation = 'serializable';
+SELECT migrate.cutover('odd');
+SET default_transaction_isolation = 'read committed';
+SELECT migrate.cutover('odd');
+
+-- Where its worker is gone progress says so, and not what that one had noted
+BEGIN;
+INSERT INTO migrate._pace (migration, worker) SELECT id, 0 FROM migrate._migration;
+UPDATE migrate._migration SET phase = 'backfilling', throttled_since = now(), throttled_reason = 'replica lag 2300 ms > 1500 ms';
+SELECT state, throttled_by FROM migrate.progress;
+UPDATE migrate._migration SET throttled_since = NULL, throttled_reason = NULL;
+UPDATE migrate._pace SET note = 'no background worker slot is free for worker 2 of 2';
+SELECT state, throttled_by FROM migrate.progress;
+UPDATE migrate._pace SET note = 'no background worker slot is free: all 8 of max_worker_processes are in use';
+SELECT state, throttled_by FROM migrate.progress;
+ROLLBACK;
+
+-- The unique index of the target's key is gone, before the start and when it is ready
+ALTER TABLE dst DROP CONSTRAINT dst_pkey;
+SELECT * FROM errors;
+ALTER TABLE odd.dst ADD PRIMARY KEY (id);
+SET client_min_messages = warning;
+SELECT migrate.start('odd');
+CALL until($$ phase = 'ready' OR state = 'failed' $$);
+SELECT phase, state, failures FROM migrate.progress;
+ALTER TABLE dst DROP CONSTRAINT dst_pkey;
+UPDATE src SET v = 'late' WHERE id = 5;
+CALL until($$ state = 'failed' $$);
+CALL migrate.wait('odd', 'cut_over', timeout => '3 minutes');
+SELECT * FROM errors;
+ALTER TABLE odd.dst ADD PRIMARY KEY (id); SELECT migrate.retry('odd');
+CALL until($$ failures = 0 $$);
+
+-- A wait that times out on what is paused says how it goes on
+SELECT migrate.pause('odd');
+CALL migrate.wait('odd', 'cut_over', timeout => '10 ms');
+SELECT migrate.cancel('odd');
+SELECT migrate.drop('odd');
+TRUNCATE dst;
+
+-- More keys are refused than one retry takes. When the cause is gone, one call of retry is enough: validation waits for them
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SELECT migrate.set('odd', 'shadow_time', '0');
+ALTER TABLE dst ADD CONSTRAINT short CHECK (id > 100);
+SELECT migrate.start('odd');
+CALL until($$ state = 'failed' $$);
+SELECT count(*) FROM migrate.failures;
+SELECT migrate._progress_line(p, true) LIKE '%100 in migrate.failures%' AS told FROM migrate._progress p;
+ALTER TABLE dst DROP CONSTRAINT short;
+SELECT migrate.retry('odd');
+CALL until($$ phase = 'ready' OR state = 'failed' $$);
+SELECT phase, state, failures FROM migrate.progress;
+SELECT count(*) FROM migrate.failures;
+
+-- The target is dropped: progress says so, in phase ready as well
+DROP TABLE dst CASCADE;
+SELECT phase, state, regexp_replace(last_error, 'OID \d+', 'OID') AS last_error FROM migrate.progress;
+\set VERBOSITY terse
+SELECT migrate.add_view('odd', view => 'odd.shown');
+\set VERBOSITY default
+SET client_min_messages = notice;
+SELECT migrate.cancel('odd'); SELECT migrate.drop('odd');
+CREATE TABLE dst (id int PRIMARY KEY, v text);
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SELECT migrate.cancel('odd');  -- nothing was copied
+SELECT migrate.drop('odd');
+SET client_min_messages = warning;
+
+-- The tables' owner has lost rights: on the schema before the start, on his tables after the cutover
+ALTER TABLE src OWNER TO odd_owner;
+ALTER TABLE dst OWNER TO odd_owner;
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SELECT migrate.set('odd', 'shadow_time', '0');
+REVOKE USAGE ON SCHEMA odd FROM odd_owner;
+SELECT * FROM errors;
+GRANT USAGE ON SCHEMA odd TO odd_owner;
+SELECT migrate.start('odd');
+CALL until($$ phase = 'ready' OR state = 'failed' $$);
+SELECT phase, state, failures FROM migrate.progress;
+SELECT migrate.cutover('odd');
+REVOKE ALL ON dst FROM odd_owner;
+SELECT * FROM errors;
+SELECT migrate.rollback('odd');
+SELECT migrate.validate('odd');
+GRANT DELETE, INSERT, SELECT, UPDATE ON dst TO odd_owner;
+SELECT migrate.rollback('odd');
+SELECT migrate.cancel('odd');
+SELECT migrate.drop('odd');
+TRUNCATE dst;
+
+-- The tables are given to another role: start goes by the migration's owner, and preflight says so to whoever looks
+SELECT migrate.allow('odd_owner'), migrate.allow('odd_heir');
+SET ROLE odd_owner;
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+RESET ROLE;
+ALTER TABLE src OWNER TO odd_heir;
+ALTER TABLE dst OWNER TO odd_heir;
+SELECT * FROM errors;
+-- … and the migration's owner is dropped: then it is the tables' owner's
+DROP OWNED BY odd_owner;
+DROP ROLE odd_owner;
+SET ROLE odd_heir;
+SELECT migrate.set('odd', 'shadow_time', '0');
+SELECT name, owner FROM migrate.migration;
+SELECT migrate.start('odd');
+CALL until($$ phase = 'ready' OR state = 'failed' $$);
+SELECT phase, state, failures FROM migrate.progress;
+SELECT migrate.cancel('odd');
+SELECT migrate.drop('odd');
+RESET ROLE;
+SELECT migrate.allow('odd_heir', 'nothing');
+
+SET client_min_messages = error;
+DROP SCHEMA odd CASCADE;
+RESET SESSION AUTHORIZATION;
+DROP ROLE odd_heir;
+DROP OWNED BY odd_dba;
+DROP ROLE odd_dba;
