@@ -98,6 +98,30 @@ CALL until($$ phase = 'ready' OR state = 'failed' $$);
 SELECT phase, state, failures FROM migrate.progress;
 SELECT count(*) FROM migrate.failures;
 
+-- A view of the switch is dropped: another takes its place
+SELECT migrate.add_view('odd', view => 'odd.shown');
+SELECT migrate.add_view('odd', view => 'odd.source_shown', use => 'read');
+DROP VIEW shown;
+SELECT regexp_replace(g.problem, 'OID \d+', 'OID') AS problem, g.hint FROM migrate._migration m, LATERAL migrate._gates(m, m.owner, 'target', false, '{}') g WHERE g.gate = 'views';
+SELECT migrate.add_view('odd', view => 'odd.shown_again');
+SELECT migrate.cutover('odd');
+DROP VIEW shown_again;
+SELECT regexp_replace(g.problem, 'OID \d+', 'OID') AS problem, g.hint FROM migrate._migration m, LATERAL migrate._gates(m, m.owner, 'source', false, '{}') g WHERE g.gate = 'views';
+SELECT migrate.rollback('odd', skip => '{views}');
+SELECT migrate.add_view('odd', view => 'odd.shown');
+SELECT migrate.cutover('odd');
+SELECT pg_get_viewdef('shown') ~ 'FROM dst' AS of_target;
+SELECT migrate.rollback('odd');
+-- … and one that had taken the source's name
+SELECT migrate.add_view('odd', view => 'odd.src', shape => 'source');
+DROP VIEW src;
+SELECT g.hint FROM migrate._migration m, LATERAL migrate._gates(m, m.owner, 'target', false, '{}') g WHERE g.gate = 'views';
+ALTER TABLE odd.src_migrate RENAME TO src;
+SELECT migrate.add_view('odd', view => 'odd.src', shape => 'source');
+SELECT migrate.cutover('odd', dry_run => true) LIKE '%passed: gate views%' AS passes;
+DROP VIEW src, shown, source_shown;
+ALTER TABLE odd.src_migrate RENAME TO src;
+
 -- The target is dropped: progress says so, in phase ready as well
 DROP TABLE dst CASCADE;
 SELECT phase, state, regexp_replace(last_error, 'OID \d+', 'OID') AS last_error FROM migrate.progress;
