@@ -26,6 +26,27 @@ LANGUAGE sql AS $$
     WHERE x.id = m.id RETURNING x
 $$;
 
+-- Waits for who has the migration: another verb whose transaction is still open, most likely. He is named when that takes long, for else
+-- nobody would know why nothing happens. (A lock_timeout that is as short says enough.)
+CREATE FUNCTION migrate._await(name text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    before text := current_setting('lock_timeout');
+BEGIN
+    IF (SELECT s.setting::integer BETWEEN 1 AND 2000 FROM pg_settings s WHERE s.name = 'lock_timeout') THEN
+        RETURN;
+    END IF;
+    BEGIN
+        PERFORM set_config('lock_timeout', '2s', true);
+        PERFORM FROM migrate._migration x WHERE x.name = _await.name FOR UPDATE;
+        PERFORM set_config('lock_timeout', before, true);
+        RETURN;
+    EXCEPTION WHEN lock_not_available THEN NULL;
+    END;
+    RAISE NOTICE 'migration "%" is in use, this call waits: %', name, coalesce((SELECT string_agg(DISTINCT h, ', ') FROM migrate._migration x, unnest(migrate._holders(x.xmax)) h WHERE x.name = _await.name), 'another session')
+        USING HINT = 'SELECT pid, state, query FROM pg_stat_activity WHERE xact_start IS NOT NULL; shows what that does; let it COMMIT, or end it by pg_terminate_backend.';
+END $$;
+
 -- The migration called `name`, locked against every other verb and against the worker's current batch until the transaction
 -- ends; raises unless `caller` is a member of its owner and still a member of the owners of all its tables.
 CREATE FUNCTION migrate._lock(caller regrole, name text) RETURNS migrate._migration
@@ -34,7 +55,11 @@ DECLARE
     m migrate._migration;
     f record;
 BEGIN
-    SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
+    SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE SKIP LOCKED;
+    IF m.id IS NULL AND EXISTS (SELECT FROM migrate._migration x WHERE x.name = _lock.name AND pg_has_role(caller, x.owner, 'MEMBER')) THEN
+        PERFORM migrate._await(name);
+        SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
+    END IF;
     IF m.id IS NOT NULL AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = m.owner) THEN
         m := migrate._inherit(m);
     END IF;

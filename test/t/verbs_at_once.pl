@@ -118,6 +118,18 @@ subtest 'cancel and pause during cutover' => sub {
 	$node->safe_psql('postgres', $rollback);
 };
 
+subtest 'a verb behind a transaction that somebody left open says whom it waits for' => sub {
+	my $session = background($node);
+	$session->query_safe($_) for 'BEGIN', "SELECT migrate.set('users_to_profiles', 'sleep', '1 ms')";
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+	my $verb = begin('waiting', "SELECT migrate.set('users_to_profiles', 'sleep', '0')");
+	poll('it is told', sub { $verb->{run}->pump_nb; $verb->{error} =~ /NOTICE: .*"users_to_profiles" is in use, this call waits: PID $pid\n/ });
+	like($verb->{error}, qr/is in use, this call waits: PID $pid\n/, 'with the PID');
+	$session->query_safe('COMMIT');
+	like(end($verb), qr/^1 ms -> 0/, 'and then it goes on');
+	$session->quit;
+};
+
 subtest 'two migrations cut over side by side' => sub {
 	my $report = report();
 	my @both = (begin('one', $cutover), begin('other', "SELECT migrate.cutover('orders')"));
