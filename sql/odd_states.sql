@@ -76,6 +76,7 @@ CALL migrate.wait('odd', 'cut_over', timeout => '3 minutes');
 SELECT * FROM errors;
 ALTER TABLE odd.dst ADD PRIMARY KEY (id); SELECT migrate.retry('odd');
 CALL until($$ failures = 0 $$);
+SELECT last_error FROM migrate.progress;
 
 -- A wait that times out on what is paused says how it goes on
 SELECT migrate.pause('odd');
@@ -179,6 +180,24 @@ SELECT migrate.cancel('odd');
 SELECT migrate.drop('odd');
 RESET ROLE;
 SELECT migrate.allow('odd_heir', 'nothing');
+
+-- An index that is set aside, whose column gets another name: who cancels hears of it, and who drops the migration later, too
+TRUNCATE dst;
+CREATE INDEX dst_v ON dst (v);
+CREATE INDEX dst_w ON dst (id, v);
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SELECT migrate.set('odd', 'shadow_time', '0'), migrate.set('odd', 'batch_size', '10'), migrate.set('odd', 'sleep', '1 s');
+SELECT migrate.start('odd');
+ALTER TABLE dst RENAME COLUMN v TO value;
+CALL until($$ rows_copied > 0 $$);
+SELECT migrate.set('odd', 'sleep', '0');
+CALL until($$ state = 'failed' $$);
+SELECT phase, last_error FROM migrate.progress;
+SELECT migrate.cancel('odd');
+CALL until($$ state = 'idle' $$);
+CREATE INDEX dst_w ON dst (id, value);
+SELECT migrate.drop('odd');
+CREATE INDEX dst_v ON odd.dst (value);
 
 SET client_min_messages = error;
 DROP SCHEMA odd CASCADE;

@@ -284,6 +284,7 @@ BEGIN
         RETURN before || ' -> ' || before;
     END IF;
     UPDATE migrate._migration x SET failed_since = NULL, failed_reason = NULL WHERE x.id = m.id RETURNING * INTO m;
+    UPDATE migrate._pace p SET last_error = NULL, last_error_at = NULL WHERE p.migration = m.id;  -- what is shown from now on is new
     PERFORM migrate._event(m, caller, 'retried', format('%s failures are due again%s', due, CASE WHEN gap THEN ', dual writes armed again' ELSE '' END));
     IF gap THEN
         PERFORM migrate._rearm(m, caller);

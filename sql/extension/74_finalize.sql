@@ -357,6 +357,7 @@ BEGIN
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
     END IF;
     PERFORM migrate._require_restored(m, 'dropped');
+    PERFORM migrate._tell_given_up(m);
     IF m.phase <> 'finalized' THEN
         -- A validation of the migration may still be reading the mapping views.
         left_over := migrate._dismantle(m, caller, 'be dropped',
