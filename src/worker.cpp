@@ -48,17 +48,8 @@ struct Worker {
     double silence;  // ms before the same is logged again
 };
 
-// The lock that makes a worker the only one, and by which views find its PID. A user lock lives as long as the session
-// and over aborted transactions; an advisory lock would do, but any role could take that and keep the worker away.
-LOCKTAG worker_lock(const Worker &w, int worker) {
-    LOCKTAG tag;
-    SET_LOCKTAG_OBJECT(tag, MyDatabaseId, w.table, (Oid)w.start.migration, (uint16)worker);
-    tag.locktag_lockmethodid = USER_LOCKMETHOD;
-    return tag;
-}
-
 bool try_lock(const Worker &w, int worker) {
-    const LOCKTAG tag = worker_lock(w, worker);
+    const LOCKTAG tag = migration_worker_lock(w.table, w.start.migration, worker);
     return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
@@ -247,7 +238,7 @@ void rest(double ms) {
 // A helper without a leader has no business; the lock being free tells.
 bool leader_is_gone(const Worker &w) {
     if (w.start.worker == 0 || !try_lock(w, 0)) return false;
-    const LOCKTAG tag = worker_lock(w, 0);
+    const LOCKTAG tag = migration_worker_lock(w.table, w.start.migration, 0);
     LockRelease(&tag, ExclusiveLock, true);
     return true;
 }

@@ -72,7 +72,7 @@ CREATE VIEW migrate.progress WITH (security_barrier) AS
            p.checkpoint, p.throttled_since, coalesce(CASE WHEN p.state = 'paused' THEN p.paused_reason
                                       -- (What the last one noted is over. Why the launcher has started none is not.)
                                       WHEN p.state IN ('waiting', 'throttled') AND p.workers IS NULL AND NOT pg_is_in_recovery() AND p.note ~ '^no background worker slot is free: ' IS NOT TRUE
-                                      THEN format('no worker is running: CALL migrate.wait(%L); starts one', p.name) END, p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
+                                      THEN format('no worker is running: SELECT migrate.resume(%L); starts one', p.name) END, p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
     FROM migrate._progress p WHERE pg_has_role(p.owner, 'MEMBER');
 COMMENT ON VIEW migrate.progress IS
     'what the workers of your migrations do now, and what they wait for, with value and limit; eta is NULL before 1 percent';
