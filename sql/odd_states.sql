@@ -123,6 +123,18 @@ SELECT migrate.cutover('odd', dry_run => true) LIKE '%passed: gate views%' AS pa
 DROP VIEW src, shown, source_shown;
 ALTER TABLE odd.src_migrate RENAME TO src;
 
+-- What stands in the way of finalize is named with statements that take it away, in an order in which they work, and nothing else
+SELECT migrate.cutover('odd', skip => '{views}');
+CREATE VIEW reads_v AS SELECT v FROM src;
+CREATE VIEW reads_view AS SELECT upper(v) AS u FROM reads_v;
+CREATE TABLE refers (id int REFERENCES src);
+SELECT migrate.finalize('odd', drop_columns => '{v}', force => 'odd');
+SELECT migrate.finalize('odd', drop_source => true, force => 'odd');
+DROP VIEW odd.reads_view; DROP VIEW odd.reads_v;
+SELECT migrate.finalize('odd', drop_columns => '{v}', force => 'odd', dry_run => true) ~ 'column "v" of odd.src is dropped' AS is_free;
+DROP TABLE refers;
+SELECT migrate.rollback('odd', skip => '{views}');
+
 -- The target is dropped: progress says so, in phase ready as well
 DROP TABLE dst CASCADE;
 SELECT phase, state, regexp_replace(last_error, 'OID \d+', 'OID') AS last_error FROM migrate.progress;
