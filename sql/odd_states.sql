@@ -85,6 +85,16 @@ SELECT migrate.cancel('odd');
 SELECT migrate.drop('odd');
 TRUNCATE dst;
 
+-- Outside of its window nothing is copied, not even one batch
+SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
+SELECT count(migrate.set('odd', 'window', format('%s-%s UTC', to_char(t.later, 'HH24:MI'), to_char(t.later + interval '1 hour', 'HH24:MI'))))
+FROM (SELECT now() AT TIME ZONE 'UTC' + interval '6 hours' AS later) t;
+SELECT migrate.start('odd');
+CALL until($$ throttled_by ~ '^window ' $$);
+SELECT phase, state, rows_copied FROM migrate.progress;
+SELECT migrate.cancel('odd');
+SELECT migrate.drop('odd');
+
 -- More keys are refused than one retry takes. When the cause is gone, one call of retry is enough: validation waits for them
 SELECT migrate.define('odd', 'src', 'dst', on_target_delete => 'delete');
 SELECT migrate.set('odd', 'shadow_time', '0');

@@ -77,11 +77,13 @@ void pick_job(Worker *w) {
     if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
     run_kept(&plan,
              "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
-             " j.action IN ('index', 'validate_key'), j.action = 'rollback'"
+             " j.action IN ('index', 'validate_key'), j.action = 'rollback', coalesce(j.phase IN ('backfilling', "
+             "'validating'), false)"
              " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
              6, types, values);
     disable_timeout(STATEMENT_TIMEOUT, false);
-    if (check) w->throttle_checked = now;
+    // (In other phases the signals are not read: the first batch must not pass for want of a look.)
+    if (check && text_field(10, w->turn_context)[0] == 't') w->throttle_checked = now;
     w->job.exit = text_field(1, w->turn_context)[0] == 't';
     w->job.wait = text_field(2, w->turn_context)[0] == 't';
     w->job.wait_ms = integer_field(3);
