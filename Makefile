@@ -11,7 +11,7 @@ SCRIPT_PARTS = $(sort $(wildcard sql/extension/*.sql))
 DATA_built = $(EXTENSION)--$(EXTVERSION).sql
 
 # Each test of sql/*.sql is named here, in the order they run (test/run checks that none is left out).
-REGRESS = define dual_write ddl rivals direct bulk_copy place state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan deferred \
+REGRESS = define dual_write ddl odd_states rivals direct bulk_copy place state state_links state_types digest validate corruption corruption_keys injection rights option preflight plan deferred \
 	shadow view route watch cutover swap swap_refused swap_details swap_carried finalize worker
 # A database of its own encoding, whatever the cluster's.
 REGRESS_OPTS = --inputdir=. --load-extension=migrate_ext --encoding=UTF8 --no-locale

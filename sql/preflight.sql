@@ -30,6 +30,7 @@ SELECT regexp_replace(found('flows', 'flows'), 'OID \d+', 'OID …');
 
 -- ownership
 CREATE ROLE regress_migrate_pf;
+GRANT USAGE ON SCHEMA pf TO regress_migrate_pf;
 SELECT make('ownership');
 ALTER TABLE t_ownership OWNER TO regress_migrate_pf;
 SELECT found('ownership', 'ownership');

@@ -93,6 +93,12 @@ SELECT DISTINCT why FROM migrate.events WHERE migration = 'worker_test' AND kind
 UPDATE users SET name = 'good' WHERE id = 1;
 SELECT reaches($$ NOT EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test') $$);
 SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker_test' AND state = 'idle' AND workers IS NULL) $$);
+-- … and the next one, though the same session has brought it back a moment ago, does so again
+UPDATE users SET name = 'bad' WHERE id = 2;
+SELECT reaches($$ EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test' AND attempts > 1) $$);
+UPDATE users SET name = 'good' WHERE id = 2;
+SELECT reaches($$ NOT EXISTS (SELECT FROM migrate.failures WHERE migration = 'worker_test') $$);
+SELECT reaches($$ EXISTS (SELECT FROM migrate.progress WHERE migration = 'worker_test' AND state = 'idle' AND workers IS NULL) $$);
 
 -- Pause and resume
 SELECT migrate.pause('worker_test');

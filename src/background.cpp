@@ -89,12 +89,21 @@ bool register_worker(const WorkerStart &start, const char *main_function, const 
     return RegisterDynamicBackgroundWorker(&worker, handle);
 }
 
-bool launch_migration_worker(int32 migration, int32 worker) {
+bool launch_migration_worker(int32 migration, int32 worker, BackgroundWorkerHandle **handle) {
     if (RecoveryInProgress()) return false;  // it would keep its slot until the promotion
     const WorkerStart start = {MyDatabaseId, migration, worker, GetTopTransactionIdIfAny()};
     char name[BGW_MAXLEN];
     snprintf(name, sizeof name, "migrate_ext worker %d of migration %d", worker, migration);
-    return register_worker(start, "migrate_worker_main", name);
+    return register_worker(start, "migrate_worker_main", name, handle);
+}
+
+// It makes a worker the only one, and views find its PID by it. A user lock lives as long as the session and over
+// aborted transactions; an advisory lock would do, but any role could take that and keep the worker away.
+LOCKTAG migration_worker_lock(Oid migrations, int32 migration, int32 worker) {
+    LOCKTAG tag;
+    SET_LOCKTAG_OBJECT(tag, MyDatabaseId, migrations, (Oid)migration, (uint16)worker);
+    tag.locktag_lockmethodid = USER_LOCKMETHOD;
+    return tag;
 }
 
 }  // namespace migrate

@@ -35,6 +35,9 @@ int polite_lock_timeout(int ms);
 void pin_lock_timeout();
 
 // Registers worker number `worker` of a migration in this database. False when no slot is free, or in recovery.
-bool launch_migration_worker(int32 migration, int32 worker);
+bool launch_migration_worker(int32 migration, int32 worker, BackgroundWorkerHandle **handle = nullptr);
+
+// The lock that such a worker holds while it lives; migrations: the OID of their table.
+LOCKTAG migration_worker_lock(Oid migrations, int32 migration, int32 worker);
 
 }  // namespace migrate

@@ -25,8 +25,10 @@ bool none_left() {
 // A migration that this transaction has recorded failures of, to be retried by a worker; 0: none. (Of several, one will
 // do: while there are failures its worker stays, and the others' next failure starts theirs.)
 int32 failed_migration = 0;
-TimestampTz last_launch = 0;
-constexpr int kLaunchEveryMs = 30000;
+Oid migrations = InvalidOid;  // the table of migrations, which cannot be looked up after the commit
+// The worker that this session has started last, and whose.
+BackgroundWorkerHandle *launched = NULL;
+int32 launched_for = 0;
 
 // INSERT INTO migrate._failure … as the extension's owner: in the application's transaction, so that it commits with
 // it.
@@ -35,6 +37,7 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     char nulls[6] = "     ";
     if (object == NULL) nulls[4] = 'n';
     failed_migration = m->migration;
+    migrations = get_relname_relid("_migration", get_namespace_oid("migrate", false));
     DEBUG_POINT("dual write: failure to be recorded");
     auto record = [&] {
         pin_output_settings();
@@ -233,13 +236,24 @@ void move_rows(Mapping *m, const Touched &touched, int from, int to) {
     move_rows(m, touched, middle, to);
 }
 
+// Whether the migration has a worker, or will have one in a moment.
+bool has_worker(int32 migration) {
+    pid_t pid;
+    if (launched && launched_for == migration && GetBackgroundWorkerPid(launched, &pid) != BGWH_STOPPED) return true;
+    const LOCKTAG tag = migration_worker_lock(migrations, migration, 0);
+    return VirtualTransactionIdIsValid(GetLockConflicts(&tag, ExclusiveLock, NULL)[0]);
+}
+
 // The worker that retries failures may have ended for want of work. It must not look before they are committed.
 void launch_retry() {
-    if (failed_migration == 0) return;
-    const TimestampTz now = GetCurrentTimestamp();
-    if (!TimestampDifferenceExceeds(last_launch, now, kLaunchEveryMs)) return;
-    last_launch = now;
-    (void)launch_migration_worker(failed_migration, 0);  // without a free slot the next failure, or verb, tries again
+    if (failed_migration == 0 || has_worker(failed_migration)) return;
+    if (launched) pfree(launched);
+    launched = NULL;
+    launched_for = failed_migration;
+    MemoryContext old = MemoryContextSwitchTo(TopMemoryContext);
+    // (Without a free slot the next failure, or verb, tries again.)
+    (void)launch_migration_worker(failed_migration, 0, &launched);
+    MemoryContextSwitchTo(old);
 }
 
 }  // namespace

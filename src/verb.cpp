@@ -41,6 +41,11 @@ void read_call(FunctionCallInfo fcinfo, Verb *verb) {
              errmsg("cannot execute migrate.%s() during recovery", verb->name),
              errdetail("This server is a replica: it follows the migration that its primary runs."),
              errhint("Run it on the primary, or promote this server. The views of schema migrate can be read here.")));
+    if (proc->provolatile == PROVOLATILE_VOLATILE && XactReadOnly)
+        ereport(ERROR, (errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+                        errmsg("cannot execute migrate.%s() in a read-only transaction", verb->name),
+                        IsTransactionBlock() ? errhint("ROLLBACK; BEGIN READ WRITE; and call it again.")
+                                             : errhint("SET default_transaction_read_only = off; and call it again.")));
     verb->returns_set = proc->proretset;
     verb->nargs = PG_NARGS() + 1;
     verb->types[0] = REGROLEOID;

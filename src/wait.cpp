@@ -112,11 +112,13 @@ void check_reachable(const Wait &w, const Look &seen) {
 
 void check_timeout(const Wait &w, const Look &seen) {
     if (w.timeout_ms <= 0 || ms_since(w.began) < w.timeout_ms) return;
-    ereport(ERROR, (errcode(ERRCODE_QUERY_CANCELED),
-                    errmsg("migration \"%s\" did not reach phase %s within %g s", w.name, w.phase, w.timeout_ms / 1000),
-                    errdetail("It is in phase %s: %s", seen.now, seen.line),
-                    errhint("SELECT * FROM migrate.progress; shows it, CALL migrate.wait(%s, %s); waits on.",
-                            quote_literal_cstr(w.name), quote_literal_cstr(w.phase))));
+    ereport(ERROR,
+            (errcode(ERRCODE_QUERY_CANCELED),
+             errmsg("migration \"%s\" did not reach phase %s within %g s", w.name, w.phase, w.timeout_ms / 1000),
+             errdetail("It is in phase %s: %s", seen.now, seen.line),
+             seen.hint ? errhint("%s", seen.hint)
+                       : errhint("SELECT * FROM migrate.progress; shows it, CALL migrate.wait(%s, %s); waits on.",
+                                 quote_literal_cstr(w.name), quote_literal_cstr(w.phase))));
 }
 
 void wait_until_reached(Wait *w) {

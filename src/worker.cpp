@@ -48,17 +48,8 @@ struct Worker {
     double silence;  // ms before the same is logged again
 };
 
-// The lock that makes a worker the only one, and by which views find its PID. A user lock lives as long as the session
-// and over aborted transactions; an advisory lock would do, but any role could take that and keep the worker away.
-LOCKTAG worker_lock(const Worker &w, int worker) {
-    LOCKTAG tag;
-    SET_LOCKTAG_OBJECT(tag, MyDatabaseId, w.table, (Oid)w.start.migration, (uint16)worker);
-    tag.locktag_lockmethodid = USER_LOCKMETHOD;
-    return tag;
-}
-
 bool try_lock(const Worker &w, int worker) {
-    const LOCKTAG tag = worker_lock(w, worker);
+    const LOCKTAG tag = migration_worker_lock(w.table, w.start.migration, worker);
     return LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
@@ -86,11 +77,13 @@ void pick_job(Worker *w) {
     if (check && !w->first) enable_timeout_after(STATEMENT_TIMEOUT, kSignalTimeout);
     run_kept(&plan,
              "SELECT j.action = 'exit', j.action = 'wait', j.wait_ms, j.activity, j.own_snapshot, j::text, j.batch,"
-             " j.action IN ('index', 'validate_key'), j.action = 'rollback'"
+             " j.action IN ('index', 'validate_key'), j.action = 'rollback', coalesce(j.phase IN ('backfilling', "
+             "'validating'), false)"
              " FROM migrate._pick($1, $2, $3, $4, $5, $6) AS j",
              6, types, values);
     disable_timeout(STATEMENT_TIMEOUT, false);
-    if (check) w->throttle_checked = now;
+    // (In other phases the signals are not read: the first batch must not pass for want of a look.)
+    if (check && text_field(10, w->turn_context)[0] == 't') w->throttle_checked = now;
     w->job.exit = text_field(1, w->turn_context)[0] == 't';
     w->job.wait = text_field(2, w->turn_context)[0] == 't';
     w->job.wait_ms = integer_field(3);
@@ -247,7 +240,7 @@ void rest(double ms) {
 // A helper without a leader has no business; the lock being free tells.
 bool leader_is_gone(const Worker &w) {
     if (w.start.worker == 0 || !try_lock(w, 0)) return false;
-    const LOCKTAG tag = worker_lock(w, 0);
+    const LOCKTAG tag = migration_worker_lock(w.table, w.start.migration, 0);
     LockRelease(&tag, ExclusiveLock, true);
     return true;
 }

@@ -19,6 +19,34 @@ LANGUAGE sql STABLE COST 1000 ROWS 5 AS $$
     SELECT relation UNION ALL SELECT relid FROM pg_partition_tree(relation) WHERE relid <> relation
 $$;
 
+-- The role that owned it was dropped, and its tables were given to another: so is the migration. (With its tables it is a superuser's.)
+CREATE FUNCTION migrate._inherit(m migrate._migration) RETURNS migrate._migration
+LANGUAGE sql AS $$
+    UPDATE migrate._migration x SET owner = coalesce((SELECT c.relowner::regrole FROM migrate._flow f JOIN pg_class c ON c.oid = f.source WHERE f.migration = m.id ORDER BY f.id LIMIT 1), m.owner)
+    WHERE x.id = m.id RETURNING x
+$$;
+
+-- Waits for who has the migration: another verb whose transaction is still open, most likely. He is named when that takes long, for else
+-- nobody would know why nothing happens. (A lock_timeout that is as short says enough.)
+CREATE FUNCTION migrate._await(name text) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    before text := current_setting('lock_timeout');
+BEGIN
+    IF (SELECT s.setting::integer BETWEEN 1 AND 2000 FROM pg_settings s WHERE s.name = 'lock_timeout') THEN
+        RETURN;
+    END IF;
+    BEGIN
+        PERFORM set_config('lock_timeout', '2s', true);
+        PERFORM FROM migrate._migration x WHERE x.name = _await.name FOR UPDATE;
+        PERFORM set_config('lock_timeout', before, true);
+        RETURN;
+    EXCEPTION WHEN lock_not_available THEN NULL;
+    END;
+    RAISE NOTICE 'migration "%" is in use, this call waits: %', name, coalesce((SELECT string_agg(DISTINCT h, ', ') FROM migrate._migration x, unnest(migrate._holders(x.xmax)) h WHERE x.name = _await.name), 'another session')
+        USING HINT = 'SELECT pid, state, query FROM pg_stat_activity WHERE xact_start IS NOT NULL; shows what that does; let it COMMIT, or end it by pg_terminate_backend.';
+END $$;
+
 -- The migration called `name`, locked against every other verb and against the worker's current batch until the transaction
 -- ends; raises unless `caller` is a member of its owner and still a member of the owners of all its tables.
 CREATE FUNCTION migrate._lock(caller regrole, name text) RETURNS migrate._migration
@@ -27,8 +55,15 @@ DECLARE
     m migrate._migration;
     f record;
 BEGIN
-    SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
-    IF NOT FOUND OR NOT pg_has_role(caller, m.owner, 'MEMBER') THEN
+    SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE SKIP LOCKED;
+    IF m.id IS NULL AND EXISTS (SELECT FROM migrate._migration x WHERE x.name = _lock.name AND pg_has_role(caller, x.owner, 'MEMBER')) THEN
+        PERFORM migrate._await(name);
+        SELECT * INTO m FROM migrate._migration x WHERE x.name = _lock.name FOR UPDATE;
+    END IF;
+    IF m.id IS NOT NULL AND NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = m.owner) THEN
+        m := migrate._inherit(m);
+    END IF;
+    IF m.id IS NULL OR NOT pg_has_role(caller, m.owner, 'MEMBER') THEN
         PERFORM migrate._raise('42704', format('migration "%s" does not exist', name), '',
             'SELECT name, phase FROM migrate.migration; lists yours.');
     END IF;

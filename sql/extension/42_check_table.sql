@@ -29,12 +29,35 @@ LANGUAGE sql STABLE AS $$
     WHERE f.migration = m.id AND m.phase <> 'finalized' AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = p.view)
 $$;
 
+-- What the owners of the tables, as whom these are read and written, lack of the rights that owners have until somebody takes them away.
+CREATE FUNCTION migrate._lost_rights(m migrate._migration) RETURNS TABLE (problem text, hint text)
+LANGUAGE sql STABLE AS $$
+    WITH t AS (SELECT c.oid, c.relowner::regrole AS owner, n.oid AS schema, n.nspname, bool_or(x.part = 'target') AS is_target
+               FROM migrate._tables(m.id) x JOIN pg_class c ON c.oid = x.relation JOIN pg_namespace n ON n.oid = c.relnamespace GROUP BY c.oid, n.oid)
+    SELECT format('role %s, which owns %s, lacks USAGE on its schema', t.owner, t.oid::regclass), format('GRANT USAGE ON SCHEMA %I TO %s;', t.nspname, t.owner)
+    FROM t WHERE NOT has_schema_privilege(t.owner, t.schema, 'USAGE')
+    UNION ALL
+    SELECT format('role %s lacks %s on its own %s', t.owner, string_agg(p, ', ' ORDER BY p), t.oid::regclass),
+           format('GRANT %s ON %s TO %s;', string_agg(p, ', ' ORDER BY p), t.oid::regclass, t.owner)
+    FROM t, unnest(CASE WHEN t.is_target THEN '{SELECT,INSERT,UPDATE,DELETE}' ELSE '{SELECT}'::text[] END) p
+    WHERE NOT has_table_privilege(t.owner, t.oid, p) GROUP BY t.oid, t.owner
+$$;
+
+-- Before anything is read as them: what PostgreSQL would say names no way out.
+CREATE FUNCTION migrate._require_rights(m migrate._migration) RETURNS void
+LANGUAGE sql AS $$
+    SELECT migrate._raise('42501', format('migration "%s" cannot go on: %s', m.name, r.problem), '', r.hint) FROM migrate._lost_rights(m) r LIMIT 1
+$$;
+
 CREATE FUNCTION migrate._check_access(m migrate._migration, caller regrole) RETURNS SETOF migrate._check
 LANGUAGE sql STABLE AS $$
-    SELECT 'ownership', 'error', format('role %s does not own %s %s; its owner is %s', caller, t.part, t.relation, c.relowner::regrole),
-           format('GRANT %s TO %s;', c.relowner::regrole, caller)
+    SELECT 'ownership', 'error', r.problem, r.hint FROM migrate._lost_rights(m) r
+    UNION ALL
+    SELECT DISTINCT 'ownership', 'error', format('role %s does not own %s %s; its owner is %s', o.role, t.part, t.relation, c.relowner::regrole),
+           format('GRANT %s TO %s;', c.relowner::regrole, o.role)
     FROM migrate._tables(m.id) t JOIN pg_class c ON c.oid = t.relation
-    WHERE NOT pg_has_role(caller, c.relowner, 'MEMBER')
+    CROSS JOIN LATERAL (SELECT caller UNION SELECT m.owner WHERE m.phase = 'planned') AS o(role)  -- start goes by both
+    WHERE NOT pg_has_role(o.role, c.relowner, 'MEMBER')
 $$;
 
 -- What the target's own row security changes for whoever reads the source now.

@@ -33,7 +33,7 @@ LANGUAGE sql STABLE AS $$
            CASE WHEN k.indexrelid IS NOT NULL AND k.indisunique AND k.indisvalid AND k.indimmediate AND k.indpred IS NULL AND k.indexprs IS NULL
                 THEN format('ALTER TABLE %s ALTER %s SET NOT NULL;', k.dest, n.nullable)
                 WHEN k.indexrelid IS NOT NULL AND NOT k.indisvalid THEN format('REINDEX INDEX CONCURRENTLY %s;', k.indexrelid::regclass)
-                ELSE format('ALTER TABLE %s ADD PRIMARY KEY (%s); and define the migration again.', k.dest, migrate._column_list(k.dest, k.key_dest)) END
+                ELSE format('ALTER TABLE %s ADD PRIMARY KEY (%s);%s', k.dest, migrate._column_list(k.dest, k.key_dest), CASE WHEN m.failed_since IS NOT NULL THEN format(' SELECT migrate.retry(%L);', m.name) END) END
     FROM k CROSS JOIN LATERAL (SELECT min(quote_ident(a.attname)) FROM pg_attribute a
                                WHERE a.attrelid = k.dest AND a.attnum = ANY (k.key_dest) AND NOT a.attnotnull) AS n(nullable)
     WHERE k.indexrelid IS NULL OR NOT (k.indisvalid AND k.indisready AND k.indisunique AND k.indimmediate)

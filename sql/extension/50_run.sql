@@ -222,9 +222,10 @@ BEGIN
     PERFORM migrate._move(m, caller, 'cancelled', format('cancelled by %s', caller));
     -- @point cancel: phase moved
     RAISE NOTICE 'migration "%" is cancelled: no dual write is left on its tables', m.name
-        USING HINT = concat_ws(' ', 'Rows copied so far stay in ' || (SELECT string_agg(DISTINCT f.target::text, ', ') FROM migrate._flow f WHERE f.migration = m.id AND f.target <> ALL (emptied)) || '.',
+        USING HINT = concat_ws(' ', 'Rows copied so far stay in ' || (SELECT string_agg(DISTINCT f.target::text, ', ') FROM migrate._flow f JOIN pg_class c ON c.oid = f.target
+                                                                      WHERE f.migration = m.id AND m.started_at IS NOT NULL AND f.target <> ALL (emptied)) || '.',
                                (SELECT string_agg(t::text, ', ') FROM unnest(emptied) t) || ' is empty again, as it was before start: its foreign keys would have let its rows refuse deletes.',
-                               format('SELECT migrate.drop(%L); forgets the migration and removes its views.', m.name));
+                               format('SELECT migrate.drop(%L); forgets the migration.', m.name));
     PERFORM migrate._leave_rest(m);
     RETURN before || ' -> ' || migrate._state(m.id);
 END $$;
@@ -269,7 +270,8 @@ DECLARE
 BEGIN
     PERFORM migrate._require_under_way(m, 'retried');
     PERFORM migrate._require_whole(m);
-    UPDATE migrate._failure x SET retry_at = clock_timestamp() FROM migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
+    -- (Before this phase began: so they are tried before a validation judges the rows.)
+    UPDATE migrate._failure x SET retry_at = m.phase_since FROM migrate._flow f WHERE f.id = x.flow AND f.migration = m.id;
     GET DIAGNOSTICS due = ROW_COUNT;
     BEGIN  -- undone, so that no lock of what is read here stays
         gap := EXISTS (SELECT FROM migrate._gaps(m.id));
@@ -282,6 +284,7 @@ BEGIN
         RETURN before || ' -> ' || before;
     END IF;
     UPDATE migrate._migration x SET failed_since = NULL, failed_reason = NULL WHERE x.id = m.id RETURNING * INTO m;
+    UPDATE migrate._pace p SET last_error = NULL, last_error_at = NULL WHERE p.migration = m.id;  -- what is shown from now on is new
     PERFORM migrate._event(m, caller, 'retried', format('%s failures are due again%s', due, CASE WHEN gap THEN ', dual writes armed again' ELSE '' END));
     IF gap THEN
         PERFORM migrate._rearm(m, caller);

@@ -98,7 +98,8 @@ BEGIN
     RETURN m;
 END $$;
 
--- Failures that are due come first, though only every other turn: whatever else there is must go on too.
+-- Failures that are due come first, though only every other turn: whatever else there is must go on too. Those that were due when the
+-- phase began have their turn before it, once: a validation that did not wait for them would call rows missing that nothing refuses any more.
 CREATE FUNCTION migrate._choose(m migrate._migration, worker integer, batch integer, turn integer, look boolean, new_batch integer) RETURNS migrate._job
 LANGUAGE plpgsql AS $$
 DECLARE
@@ -115,7 +116,7 @@ BEGIN
     IF worker = 0 THEN
         SELECT x.flow, x.direction, x.retry_at INTO due FROM migrate._failure x JOIN migrate._flow f ON f.id = x.flow
         WHERE f.migration = m.id ORDER BY x.retry_at LIMIT 1;
-        IF due.retry_at <= clock_timestamp() AND (turn % 2 = 0 OR m.phase IN ('ready', 'cut_over')) THEN
+        IF due.retry_at <= clock_timestamp() AND (turn % 2 = 0 OR m.phase IN ('ready', 'cut_over') OR m.phase = 'validating' AND due.retry_at <= m.phase_since) THEN
             j.action := 'retry';
             j.flow := due.flow;
             j.direction := due.direction;

@@ -16,6 +16,13 @@ LANGUAGE sql IMMUTABLE AS $$
                 ELSE 'row' END
 $$;
 
+-- A verb whose transaction is still open holds the migration's row; helpers that share it do not matter.
+CREATE FUNCTION migrate._verb_in_the_way(m_id integer) RETURNS text
+LANGUAGE sql VOLATILE AS $$
+    SELECT '; in the way: ' || string_agg(DISTINCT h, ', ') FROM migrate._migration x, unnest(migrate._holders(x.xmax)) h
+    WHERE x.id = m_id AND h NOT IN (SELECT 'PID ' || w.pid FROM migrate._worker w)
+$$;
+
 -- Decides what becomes of a job that raised an error, in a transaction of its own. Nothing done before is lost: the
 -- checkpoint stands where the last batch that was committed left it. tries: turns that failed in a row.
 CREATE FUNCTION migrate._job_failed(migration_id integer, worker integer, j migrate._job, sqlstate text, message text, object text,
@@ -31,7 +38,7 @@ BEGIN
         RETURN;
     END IF;
     IF blame <> 'lock' OR tries > 5 THEN
-        PERFORM migrate._note_error(m.id, worker, format('%s: %s%s', sqlstate, message, CASE blame WHEN 'lock' THEN migrate._restore_blockers(m, j) END));
+        PERFORM migrate._note_error(m.id, worker, format('%s: %s%s', sqlstate, message, CASE blame WHEN 'lock' THEN coalesce(migrate._restore_blockers(m, j), migrate._verb_in_the_way(m.id)) END));
     END IF;
     IF sqlstate = '42501' THEN  -- a table may have got another owner; another worker may have lent him the views meanwhile
         PERFORM FROM migrate._migration x WHERE x.id = m.id FOR UPDATE;
@@ -60,7 +67,9 @@ BEGIN
         ELSIF j.action IN ('watch', 'rollback') THEN  -- what else the worker does must go on
             wait_ms := migrate._backoff_ms(tries, 1000, 60000);
         ELSE
-            PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate));
+            PERFORM migrate._fail(m, format('%s: %s (SQLSTATE %s)', coalesce(j.action, 'worker'), message, sqlstate)
+                -- (Something was dropped, renamed or revoked; what it takes to go on is told there.)
+                || CASE WHEN sqlstate ~ '^42' THEN format('; SELECT * FROM migrate.preflight(%L) WHERE severity = ''error''; may tell why', m.name) ELSE '' END);
         END IF;
     END CASE;
 END $$;

@@ -88,7 +88,7 @@ DECLARE
     way text := CASE WHEN m.phase IN ('cut_over', 'finalized') THEN 'reverse' ELSE 'forward' END;
     f record;
 BEGIN
-    PERFORM migrate._require_whole(m);
+    PERFORM migrate._require_whole(m), migrate._require_rights(m);
     SELECT w.name INTO f FROM migrate._flow w
     WHERE w.migration = m.id AND NOT EXISTS (SELECT FROM migrate._mapping x JOIN pg_class c ON c.oid = x.view WHERE x.flow = w.id AND x.direction = way);
     IF FOUND THEN

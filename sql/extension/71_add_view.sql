@@ -122,6 +122,7 @@ DECLARE
     f migrate._flow;
     known migrate._view;
 BEGIN
+    PERFORM migrate._require_whole(m);
     IF shape IS NULL OR shape NOT IN ('target', 'source') THEN
         PERFORM migrate._raise('22023', format('shape "%s" of a view does not exist', shape), '',
             'Shape target gives the view the target''s columns, shape source lets a view take the source''s name and columns.');
@@ -146,6 +147,8 @@ BEGIN
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.rollback(%L); then add the view.', m.name) ELSE '' END);
     END IF;
     f := migrate._flow_for_view(m, flow, place.relation, place.existing, shape);
+    -- It takes the place of one that was dropped, which would bar the cutover for ever.
+    DELETE FROM migrate._view v WHERE v.migration = m.id AND v.flow = f.id AND v.shape = _add_view.shape AND v.use = _add_view.use AND NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = v.view);
     IF shape = 'source' THEN
         RETURN migrate._add_source_view(m, caller, f, place.schema, place.relation, place.existing);
     ELSIF place.existing IS NULL THEN

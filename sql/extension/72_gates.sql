@@ -134,7 +134,10 @@ BEGIN
     FOR v IN SELECT * FROM migrate._view x WHERE x.migration = m.id AND (side <> 'read' OR x.use = 'read') ORDER BY x.view LOOP
         IF NOT EXISTS (SELECT FROM pg_class c WHERE c.oid = v.view) THEN
             problem := format('the view with OID %s was dropped', v.view::oid);
-            hint := format('SELECT migrate.rollback(%L, …) and add_view again, or skip this gate.', m.name);
+            hint := CASE WHEN side = 'source' THEN 'Skip this gate. After the rollback ' ELSE '' END
+                || CASE v.shape WHEN 'source' THEN format('ALTER TABLE %s RENAME TO …; ', (SELECT f.source FROM migrate._flow f WHERE f.id = v.flow)) ELSE '' END
+                || format('SELECT migrate.add_view(%L, view => ''…''%s); puts another in its place.', m.name,
+                          CASE WHEN v.shape = 'source' THEN ', shape => ''source''' WHEN v.use = 'read' THEN ', use => ''read''' ELSE '' END);
             CONTINUE;
         END IF;
         SELECT * INTO missing FROM migrate._view_rights(v, CASE side WHEN 'read' THEN 'target' ELSE side END) LIMIT 1;

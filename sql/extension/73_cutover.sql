@@ -150,7 +150,7 @@ DECLARE
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' AND current_setting('transaction_isolation') <> 'read uncommitted' THEN
         PERFORM migrate._raise('25001', format('%s cannot run at isolation level %s', verb, current_setting('transaction_isolation')),
-            'Its snapshot would be older than the switch.', 'Call it at isolation level READ COMMITTED.');
+            'Its snapshot would be older than the switch.', 'SET default_transaction_isolation = ''read committed''; outside of a transaction block, and call it again.');
     ELSIF coalesce(cardinality(names), 0) = 0 THEN
         PERFORM migrate._raise('22023', format('%s needs the name of a migration', verb));
     END IF;
@@ -212,7 +212,7 @@ BEGIN
     END IF;
     FOR n IN SELECT DISTINCT u.name, x.id FROM unnest(names) u(name) LEFT JOIN migrate._migration x ON x.name = u.name ORDER BY x.id, u.name LOOP
         m := migrate._lock(caller, n.name);
-        PERFORM migrate._require_whole(m) WHERE m.phase IN ('ready', 'cut_over');
+        PERFORM migrate._require_whole(m), migrate._require_rights(m) WHERE m.phase IN ('ready', 'cut_over');
         rehearsal := side = 'source' AND m.phase = 'ready' AND dry_run;
         parts := parts || jsonb_build_object('id', m.id, 'name', m.name, 'phase', m.phase, 'due', migrate._switch_is_due(m, side, rehearsal),
                                              'rehearsal', rehearsal, 'skipped', migrate._skipped_gates(m, skip));

@@ -113,17 +113,24 @@ BEGIN
     END LOOP;
 END $$;
 
--- What stands in the way of dropping a table, as statements that take it away.
-CREATE FUNCTION migrate._drop_hints(tables regclass[]) RETURNS text
+-- What stands in the way of dropping tables, or a column, as statements that take it away: the views that read a view before that one.
+CREATE FUNCTION migrate._drop_hints(tables regclass[], column_name text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce(string_agg(h, ' '), 'Change what depends on it, then call this again.') FROM (
-        SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname) AS h FROM pg_constraint c
+    WITH RECURSIVE reads AS (
+        SELECT d.refobjid AS relation, d.refobjsubid AS attnum, r.ev_class AS reader FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid
+        WHERE d.refclassid = 'pg_class'::regclass AND r.ev_class <> d.refobjid
+    ), reader AS (
+        SELECT x.reader, 1 AS depth FROM reads x LEFT JOIN pg_attribute a ON a.attrelid = x.relation AND a.attnum = x.attnum
+        WHERE x.relation = ANY (tables) AND x.reader <> ALL (tables) AND (column_name IS NULL OR a.attname = column_name)
+        UNION SELECT x.reader, v.depth + 1 FROM reader v JOIN reads x ON x.relation = v.reader AND v.depth < 100
+    )
+    SELECT coalesce(string_agg(h, ' ' ORDER BY depth DESC, h), 'Change what depends on it, then call this again.') FROM (
+        SELECT format('ALTER TABLE %s DROP CONSTRAINT %I;', c.conrelid::regclass, c.conname) AS h, 101 AS depth FROM pg_constraint c
         WHERE c.contype = 'f' AND c.confrelid = ANY (tables) AND c.conrelid <> ALL (tables) AND c.conparentid = 0
+          AND (column_name IS NULL OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.confrelid AND a.attname = column_name AND a.attnum = ANY (c.confkey)))
         UNION ALL
-        SELECT DISTINCT format('DROP %sVIEW %s;', CASE c.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, c.oid::regclass)
-        FROM pg_depend d JOIN pg_rewrite r ON d.classid = 'pg_rewrite'::regclass AND r.oid = d.objid JOIN pg_class c ON c.oid = r.ev_class
-        WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = ANY (tables) AND c.oid <> ALL (tables)
-        ORDER BY 1) x
+        SELECT format('DROP %sVIEW %s;', CASE c.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, c.oid::regclass), max(v.depth)
+        FROM reader v JOIN pg_class c ON c.oid = v.reader GROUP BY c.oid) x
 $$;
 
 -- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies. (NOT NULL, which
@@ -143,7 +150,7 @@ CREATE FUNCTION migrate._drop_restricted(command text, what text, relation regcl
 LANGUAGE plpgsql AS $$
 DECLARE
     dependents text;
-    hints text := migrate._drop_hints(ARRAY[relation]);
+    hints text := migrate._drop_hints(ARRAY[relation], column_name);
     along text := migrate._goes_along(relation, column_name);
 BEGIN
     EXECUTE command;
@@ -357,6 +364,7 @@ BEGIN
             CASE m.phase WHEN 'cut_over' THEN format('SELECT migrate.finalize(%L); ends it.', m.name) ELSE format('SELECT migrate.cancel(%L); ends it.', m.name) END);
     END IF;
     PERFORM migrate._require_restored(m, 'dropped');
+    PERFORM migrate._tell_given_up(m);
     IF m.phase <> 'finalized' THEN
         -- A validation of the migration may still be reading the mapping views.
         left_over := migrate._dismantle(m, caller, 'be dropped',

@@ -151,15 +151,29 @@ BEGIN
             USING DETAIL = format('Foreign key %s.', t.keys),
                   HINT = format('Unless you want them: DELETE FROM %s%s;', t.target, coalesce(' WHERE ' || t.share, ''));
     END LOOP;
-    FOR t IN SELECT migrate._deferred_name(d) AS name, d.why, migrate._restore_text(d) AS statement FROM migrate._deferred d JOIN migrate._flow f ON f.id = d.flow
-             WHERE f.migration = m.id AND d.state = 'given_up' LOOP
-        RAISE WARNING '% could not be put back: %', t.name, t.why USING HINT = format('%s;', t.statement);
-    END LOOP;
+    PERFORM migrate._tell_given_up(m);
     IF migrate._is_restoring(m.id) THEN
         RAISE NOTICE 'indexes and foreign keys that were set aside are being built: %', (SELECT string_agg(migrate._deferred_name(d), ', ' ORDER BY d.flow, d.ordinal) FROM migrate._still_deferred(m.id) d)
             USING HINT = format('SELECT state, throttled_by FROM migrate.progress WHERE migration = %L; shows it.', m.name);
         PERFORM migrate._launch_worker(m.id, 0);
     END IF;
+END $$;
+
+-- What start had set aside and nobody could put back: a worker may have found that after cancel had answered, so drop says it, too. Not
+-- what somebody has put back himself, nor what there is no table for any more.
+CREATE FUNCTION migrate._tell_given_up(m migrate._migration) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    t record;
+BEGIN
+    FOR t IN SELECT migrate._deferred_name(d) AS name, d.why, migrate._restore_text(d) AS statement FROM migrate._deferred d JOIN migrate._flow f ON f.id = d.flow
+             JOIN pg_class c ON c.oid = coalesce(d.relation, f.target)
+             WHERE f.migration = m.id AND d.state = 'given_up' AND (d.referenced IS NULL OR EXISTS (SELECT FROM pg_class r WHERE r.oid = d.referenced))
+               AND CASE d.kind WHEN 'index' THEN (migrate._present_index(d)).is_valid IS NOT TRUE
+                               ELSE NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = c.oid AND k.conname = d.name) END
+             ORDER BY d.flow, d.ordinal LOOP
+        RAISE WARNING '% could not be put back: %', t.name, t.why USING HINT = format('%s;', t.statement);
+    END LOOP;
 END $$;
 
 -- The condition for a flow's own rows, where constants of the key tell them.

@@ -15,7 +15,7 @@ LANGUAGE plpgsql AS $$
 BEGIN
     IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
         PERFORM migrate._raise('25001', format('route cannot run at isolation level %s', current_setting('transaction_isolation')),
-            'Its snapshot would be older than the switch.', 'Call it at isolation level READ COMMITTED.');
+            'Its snapshot would be older than the switch.', 'SET default_transaction_isolation = ''read committed''; outside of a transaction block, and call it again.');
     ELSIF (percent IS NULL) = (predicate IS NULL) THEN
         PERFORM migrate._raise('22023', 'reads are routed either by percent or by predicate',
             format('percent is %s, predicate is %s; exactly one must be given.', coalesce(percent::text, 'NULL'), coalesce(predicate, 'NULL')),

@@ -5,7 +5,7 @@
 CREATE VIEW migrate._progress AS
     SELECT m.id, m.name, m.owner, m.phase,
            CASE WHEN m.phase IN ('planned', 'finalized') OR m.phase = 'cancelled' AND d.deferred = 0 THEN 'idle'
-                WHEN m.failed_since IS NOT NULL THEN 'failed'
+                WHEN m.failed_since IS NOT NULL OR l.lost IS NOT NULL THEN 'failed'
                 WHEN m.paused_since IS NOT NULL OR c.why IS NOT NULL THEN 'paused'
                 WHEN m.throttled_since IS NOT NULL THEN 'throttled'
                 WHEN m.phase IN ('ready', 'cut_over') AND x.failures = 0 AND NOT t.shadows AND d.deferred = 0 AND v.migration IS NULL THEN 'idle'
@@ -21,12 +21,17 @@ CREATE VIEW migrate._progress AS
            m.batch_rows AS batch_size, r.checkpoint, m.throttled_since,
            coalesce(m.throttled_reason, t.by_verb) AS throttled_by,
            coalesce(p.note || coalesce(b.detail, ''), v.shows) AS note, x.failures, q.requeued, w.pids AS workers,
-           CASE WHEN m.failed_since IS NOT NULL THEN m.failed_reason ELSE p.last_error END AS last_error,
-           coalesce(m.paused_reason, c.why) AS paused_reason, m.failed_reason
+           coalesce(l.lost, CASE WHEN m.failed_since IS NOT NULL THEN m.failed_reason ELSE p.last_error END) AS last_error,
+           coalesce(m.paused_reason, c.why) AS paused_reason, coalesce(l.lost, m.failed_reason) AS failed_reason
     FROM migrate._migration m
     LEFT JOIN migrate._clone c ON c.migration = m.id
     LEFT JOIN migrate._watch v ON v.migration = m.id AND m.phase = 'cut_over'
     LEFT JOIN (SELECT migration, array_agg(pid ORDER BY worker) AS pids FROM migrate._worker GROUP BY migration) w ON w.migration = m.id
+    -- What a worker would stumble over, had it work: in phase ready there is none.
+    LEFT JOIN LATERAL (SELECT string_agg(format('flow "%s" has lost its %s', f.name, t.part), '; ' ORDER BY f.id, t.part)
+                              || format('; SELECT * FROM migrate.preflight(%L) WHERE severity = ''error''; tells what ends it', m.name) AS lost
+                       FROM migrate._flow f CROSS JOIN LATERAL (VALUES ('source', f.source), ('target', f.target)) AS t(part, relation)
+                       WHERE f.migration = m.id AND NOT EXISTS (SELECT FROM pg_catalog.pg_class k WHERE k.oid = t.relation)) l ON m.phase NOT IN ('planned', 'cancelled', 'finalized')
     LEFT JOIN LATERAL (SELECT max(a.rows_estimated) AS rows_estimated,
                               sum(a.rows_per_second) FILTER (WHERE a.at > clock_timestamp() - interval '10 s')::numeric AS rows_per_second,
                               max(a.note) AS note, (array_agg(a.last_error ORDER BY a.last_error_at DESC NULLS LAST))[1] AS last_error
@@ -64,7 +69,10 @@ COMMENT ON VIEW migrate.migration IS 'your migrations: phase, flags with reason 
 
 CREATE VIEW migrate.progress WITH (security_barrier) AS
     SELECT p.name AS migration, p.phase, p.state, p.percent, p.rows_copied, p.rows_estimated, p.rows_per_second, p.eta, p.batch_size,
-           p.checkpoint, p.throttled_since, coalesce(CASE p.state WHEN 'paused' THEN p.paused_reason END, p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
+           p.checkpoint, p.throttled_since, coalesce(CASE WHEN p.state = 'paused' THEN p.paused_reason
+                                      -- (What the last one noted is over. Why the launcher has started none is not.)
+                                      WHEN p.state IN ('waiting', 'throttled') AND p.workers IS NULL AND NOT pg_is_in_recovery() AND p.note ~ '^no background worker slot is free: ' IS NOT TRUE
+                                      THEN format('no worker is running: SELECT migrate.resume(%L); starts one', p.name) END, p.throttled_by, p.note) AS throttled_by, p.failures, p.requeued, p.workers, p.last_error
     FROM migrate._progress p WHERE pg_has_role(p.owner, 'MEMBER');
 COMMENT ON VIEW migrate.progress IS
     'what the workers of your migrations do now, and what they wait for, with value and limit; eta is NULL before 1 percent';
@@ -111,6 +119,7 @@ LANGUAGE sql STABLE AS $$
                     || coalesce('  ETA ' || migrate._short_time(p.eta), '')
                ELSE rpad(p.phase, 12) END
            || CASE p.state WHEN 'paused' THEN '  ' || p.paused_reason WHEN 'failed' THEN '  failed: ' || p.failed_reason ELSE '' END
+           || CASE WHEN p.failures > 0 THEN format('  %s in migrate.failures', p.failures) ELSE '' END
            || coalesce('  throttled: ' || p.throttled_by, '') || coalesce('  ' || p.note, ''))
 $$;
 
@@ -145,6 +154,7 @@ BEGIN
                    WHEN held_up THEN 'An index is being built, which waits until this transaction ends.' ELSE '' END;
     hint := CASE WHEN p.phase = 'planned' THEN format('SELECT migrate.start(%L);', p.name)
                  WHEN p.state = 'failed' THEN format('SELECT migrate.retry(%L); goes on after the cause is gone.', p.name)
+                 WHEN p.state = 'paused' THEN format('SELECT migrate.resume(%L); goes on.', p.name)
                  WHEN held_up THEN format('CALL migrate.wait(%L); outside of a transaction block.', p.name) END;
     worker_missing := NOT reached AND NOT never AND p.workers IS NULL AND p.state IN ('waiting', 'throttled');
     state := concat_ws(' ', p.phase, p.state, CASE WHEN p.throttled_since IS NOT NULL THEN 'throttled' END);

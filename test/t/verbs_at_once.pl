@@ -118,6 +118,36 @@ subtest 'cancel and pause during cutover' => sub {
 	$node->safe_psql('postgres', $rollback);
 };
 
+subtest 'a verb behind a transaction that somebody left open says whom it waits for' => sub {
+	my $session = background($node);
+	$session->query_safe($_) for 'BEGIN', "SELECT migrate.set('users_to_profiles', 'sleep', '1 ms')";
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+	my $verb = begin('waiting', "SELECT migrate.set('users_to_profiles', 'sleep', '0')");
+	poll('it is told', sub { $verb->{run}->pump_nb; $verb->{error} =~ /NOTICE: .*"users_to_profiles" is in use, this call waits: PID $pid\n/ });
+	like($verb->{error}, qr/is in use, this call waits: PID $pid\n/, 'with the PID');
+	$session->query_safe('COMMIT');
+	like(end($verb), qr/^1 ms -> 0/, 'and then it goes on');
+	$session->quit;
+};
+
+subtest 'a worker behind such a transaction says so, too' => sub {
+	$node->safe_psql('postgres', <<'SQL');
+CREATE TABLE copies (id int PRIMARY KEY, item text);
+SELECT migrate.define('copies', source => 'orders', target => 'copies', on_target_delete => 'delete');
+SELECT migrate.set('copies', 'batch_size', '10'), migrate.set('copies', 'sleep', '1 s');
+SELECT migrate.start('copies');
+SQL
+	wait_for($node, 'it copies', "SELECT rows_copied > 0 FROM migrate.progress WHERE migration = 'copies'");
+	my $session = background($node);
+	$session->query_safe($_) for 'BEGIN', "SELECT migrate.set('copies', 'sleep', '0')";
+	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+	ok(wait_for($node, 'progress names it', "SELECT last_error LIKE '55P03: %; in the way: PID $pid' FROM migrate.progress WHERE migration = 'copies'"), 'progress names it');
+	$session->query_safe('COMMIT');
+	$session->quit;
+	wait_phase($node, 'ready', 'copies');
+	$node->safe_psql('postgres', "SELECT migrate.cancel('copies'), migrate.drop('copies')");
+};
+
 subtest 'two migrations cut over side by side' => sub {
 	my $report = report();
 	my @both = (begin('one', $cutover), begin('other', "SELECT migrate.cutover('orders')"));
