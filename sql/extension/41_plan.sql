@@ -49,7 +49,9 @@ $$;
 
 CREATE FUNCTION migrate._plan_path(flow integer, direction text) RETURNS text
 LANGUAGE sql STABLE AS $$
-    SELECT coalesce('through SQL: ' || migrate._plan_cell(migrate._path(flow, direction)), 'directly, row by row without SQL') || '.'
+    SELECT coalesce('through SQL: ' || migrate._plan_cell(migrate._path(flow, direction)),
+                    'directly, row by row without SQL' || CASE WHEN direction = 'reverse' AND f.filter IS NOT NULL AND f.on_target_delete IS DISTINCT FROM 'keep' THEN ', deletions through SQL: the filter is asked' ELSE '' END) || '.'
+    FROM migrate._flow f WHERE f.id = flow
 $$;
 
 -- What start would choose, and why; after it, what it chose.
