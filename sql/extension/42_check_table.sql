@@ -33,7 +33,7 @@ $$;
 CREATE FUNCTION migrate._lost_rights(m migrate._migration) RETURNS TABLE (problem text, hint text)
 LANGUAGE sql STABLE AS $$
     WITH t AS (SELECT c.oid, c.relowner::regrole AS owner, n.oid AS schema, n.nspname, bool_or(x.part = 'target') AS is_target
-               FROM migrate._tables(m.id) x JOIN pg_class c ON c.oid = x.relation JOIN pg_namespace n ON n.oid = c.relnamespace GROUP BY c.oid, n.oid)
+               FROM migrate._tables(m.id) x JOIN pg_class c ON c.oid = x.relation JOIN pg_namespace n ON n.oid = c.relnamespace GROUP BY c.oid, c.relowner, n.oid, n.nspname)
     SELECT format('role %s, which owns %s, lacks USAGE on its schema', t.owner, t.oid::regclass), format('GRANT USAGE ON SCHEMA %I TO %s;', t.nspname, t.owner)
     FROM t WHERE NOT has_schema_privilege(t.owner, t.schema, 'USAGE')
     UNION ALL

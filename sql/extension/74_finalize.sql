@@ -130,7 +130,7 @@ LANGUAGE sql STABLE AS $$
           AND (column_name IS NULL OR EXISTS (SELECT FROM pg_attribute a WHERE a.attrelid = c.confrelid AND a.attname = column_name AND a.attnum = ANY (c.confkey)))
         UNION ALL
         SELECT format('DROP %sVIEW %s;', CASE c.relkind WHEN 'm' THEN 'MATERIALIZED ' ELSE '' END, c.oid::regclass), max(v.depth)
-        FROM reader v JOIN pg_class c ON c.oid = v.reader GROUP BY c.oid) x
+        FROM reader v JOIN pg_class c ON c.oid = v.reader GROUP BY c.oid, c.relkind) x
 $$;
 
 -- What goes by itself with a column, or with a whole table: indexes, constraints, owned sequences; triggers and policies. (NOT NULL, which
