@@ -265,6 +265,18 @@ bool is_key(const Mapping *m, AttrNumber KeyColumn::*column, AttrNumber attnum) 
     return false;
 }
 
+bool is_going_on(int32 migration) {
+    bool going_on = false;
+    for_each_row("_migration", [&](const Row &row) {
+        bool not_paused, not_failed;
+        if (row.number("id") != migration) return;
+        (void)row.get("paused_since", &not_paused);
+        (void)row.get("failed_since", &not_failed);
+        going_on = not_paused && not_failed;
+    });
+    return going_on;
+}
+
 bool read_mapping(Mapping *m) {
     if (!read_row(m)) return false;
     read_migration(m);

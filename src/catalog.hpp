@@ -105,6 +105,9 @@ Datum int2_array(Datum *values, int n);
 // Whether the trigger is one of ours, whatever its name is.
 bool is_dual_write_trigger(const Trigger *trigger);
 
+// Whether a worker of the migration would do anything: it is neither paused nor failed.
+bool is_going_on(int32 migration);
+
 // Fills in what migrate._mapping, _flow, _migration and _option have, by the latest snapshot, in the current memory
 // context; flow and reverse are given. False where there is no such mapping. Locks and rights are the caller's.
 bool read_mapping(Mapping *mapping);

@@ -36,8 +36,10 @@ void record_failures(const Mapping *m, const KeyList &list, int from, int to, co
     Oid types[5] = {INT4OID, TEXTOID, TEXTARRAYOID, TEXTOID, TEXTOID};
     char nulls[6] = "     ";
     if (object == NULL) nulls[4] = 'n';
-    failed_migration = m->migration;
-    migrations = get_relname_relid("_migration", get_namespace_oid("migrate", false));
+    if (failed_migration == 0 && is_going_on(m->migration)) {
+        failed_migration = m->migration;
+        migrations = get_relname_relid("_migration", get_namespace_oid("migrate", false));
+    }
     DEBUG_POINT("dual write: failure to be recorded");
     auto record = [&] {
         pin_output_settings();

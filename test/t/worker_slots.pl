@@ -53,6 +53,38 @@ subtest 'reload' => sub {
 	$node->safe_psql('postgres', 'DROP DATABASE reloaded WITH (FORCE)');
 };
 
+# Who cannot be retried needs no worker for it, which would end at once, each time.
+subtest 'failures of a migration that stands still' => sub {
+	my $db = 'still';
+	$node->safe_psql('postgres', "CREATE DATABASE $db");
+	$node->safe_psql($db, "CREATE EXTENSION migrate_ext; CREATE TABLE s (id int PRIMARY KEY, v int); INSERT INTO s SELECT g, g FROM generate_series(1, 100) g; CREATE TABLE t (id int PRIMARY KEY, v int CONSTRAINT positive CHECK (v > 0));"
+		  . " SELECT migrate.define('still', 's', 't'); SELECT migrate.set('still', 'shadow_time', '0'); SELECT migrate.start('still')");
+	wait_phase($node, 'ready', 'still', $db);
+	wait_for($node, 'the worker has ended', "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'migrate_ext worker'", '0');
+	$node->append_conf('postgresql.conf', 'log_min_messages = debug1');
+	$node->reload;
+	wait_for($node, 'the reload is seen', 'SHOW log_min_messages', 'debug1');
+	my $from = -s $node->logfile;
+	my $started = sub { my $n = () = slurp_file($node->logfile, $from) =~ /starting background worker process "migrate_ext worker/g; $n };
+	my @stands = (paused => "SELECT migrate.pause('still')", failed => "SELECT migrate.resume('still'); UPDATE migrate._migration SET failed_since = now(), failed_reason = 'test'");
+	while (my ($how, $sql) = splice @stands, 0, 2)
+	{
+		$node->safe_psql($db, $sql);
+		wait_for($node, 'no worker is left', "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'migrate_ext worker'", '0');
+		my $before = $started->();
+		$node->safe_psql($db, "UPDATE s SET v = -1 WHERE id = $_") for 1 .. 10;
+		$node->safe_psql($db, "UPDATE s SET v = -2 WHERE id = $_") for 1 .. 10;
+		is($started->() - $before, 0, "$how: no worker is started");
+		cmp_ok($node->safe_psql($db, 'SELECT count(*) FROM migrate.failures'), '>=', 10, 'the failures are recorded');
+	}
+	$node->safe_psql($db, "ALTER TABLE t DROP CONSTRAINT positive; SELECT migrate.retry('still')");
+	wait_for($node, 'retry starts one, which mends them', 'SELECT count(*) FROM migrate.failures', '0', $db);
+	is($node->safe_psql($db, 'SELECT count(*) FROM (TABLE s EXCEPT TABLE t) d'), 0, 'no row differs');
+	$node->append_conf('postgresql.conf', 'log_min_messages = warning');
+	$node->reload;
+	$node->safe_psql('postgres', "DROP DATABASE $db WITH (FORCE)");
+};
+
 subtest 'two databases, one slot beside the launcher' => sub {
 	# (Databases are looked into in the order of pg_database, mostly that of their creation.)
 	database('a', 15_000, 300);
