@@ -253,12 +253,6 @@ BEGIN
     END LOOP;
 END $$;
 
--- Flows whose triggers, or whose tables' partitions, are or were not as when the dual writes were armed.
-CREATE FUNCTION migrate._gaps(m_id integer) RETURNS SETOF migrate._flow
-LANGUAGE sql VOLATILE AS $$
-    SELECT f.* FROM migrate._flow f WHERE f.migration = m_id AND migrate._has_gap(f)
-$$;
-
 -- Clears the failed flag, makes all failures due and closes gaps in the dual writes.
 CREATE FUNCTION migrate._retry(caller regrole, name text) RETURNS text
 LANGUAGE plpgsql AS $$
@@ -293,65 +287,6 @@ BEGIN
     -- @point retry verb: flag cleared
     PERFORM migrate._launch(m);
     RETURN before || ' -> ' || migrate._state(m.id);
-END $$;
-
--- Creates the triggers again. Writes may have passed them meanwhile, so what was validated before counts for nothing.
-CREATE FUNCTION migrate._rearm(m migrate._migration, caller regrole) RETURNS void
-LANGUAGE plpgsql AS $$
-DECLARE
-    tables regclass[] := migrate._trigger_tables(m);
-    routed regclass[] := ARRAY(SELECT v FROM migrate._routed_views(m.id) v WHERE m.phase <> 'cut_over');
-BEGIN
-    PERFORM migrate._under_locks(m, caller, 'arm its dual writes again', routed || tables,
-        array_fill('ACCESS EXCLUSIVE'::text, ARRAY[cardinality(routed)]) || array_fill('SHARE ROW EXCLUSIVE'::text, ARRAY[cardinality(tables)]),
-        format('SELECT migrate._rearm_now(%s, %L)', m.id, caller), clock_timestamp() + migrate._opt_ms(m.id, 'cutover_timeout') * interval '1 ms');
-    UPDATE migrate._flow f SET copied_file = NULL WHERE f.migration = m.id;  -- rows may have moved
-    PERFORM migrate._event(m, caller, 'rearmed', 'the dual writes had a gap: what was validated before counts for nothing');
-    IF m.phase IN ('shadowing', 'ready') THEN
-        PERFORM migrate._move(m, caller, 'validating', 'the dual writes had a gap and were armed again');
-    ELSIF m.phase = 'validating' THEN
-        UPDATE migrate._migration x SET phase_since = clock_timestamp() WHERE x.id = m.id;  -- a validation belongs to one stay in the phase
-    ELSIF m.phase = 'cut_over' THEN
-        RAISE WARNING 'writes made while the dual writes of migration "%" had a gap may be missing on the other side', m.name
-            USING HINT = format('SELECT * FROM migrate.validate(%L); tells, and a rollback insists on it.', m.name);
-    END IF;
-END $$;
-
--- The tables that carry triggers of this migration, partitions included; their locks for reading are given back.
-CREATE FUNCTION migrate._trigger_tables(m migrate._migration) RETURNS regclass[]
-LANGUAGE plpgsql AS $$
-DECLARE
-    tables regclass[];
-BEGIN
-    SELECT coalesce(array_agg(DISTINCT r ORDER BY r), '{}') INTO tables
-    FROM migrate._mapping p JOIN migrate._flow f ON f.id = p.flow JOIN pg_class c ON c.oid = p.origin, LATERAL migrate._partition_tree(p.origin) r
-    WHERE f.migration = m.id AND (p.direction = 'forward' OR m.both_directions);
-    PERFORM migrate._undo();
-EXCEPTION WHEN SQLSTATE 'MGUND' THEN
-    RETURN tables;
-END $$;
-
--- Reads that were routed to the target come back to the source first: it may lack what was written meanwhile.
-CREATE FUNCTION migrate._rearm_now(m_id integer, caller regrole) RETURNS text
-LANGUAGE plpgsql AS $$
-BEGIN
-    PERFORM migrate._route_back(m_id, caller) FROM migrate._migration m WHERE m.id = m_id AND m.phase <> 'cut_over';
-    RETURN migrate._create_all_triggers(m_id);
-END $$;
-
-CREATE FUNCTION migrate._create_all_triggers(m_id integer) RETURNS text
-LANGUAGE plpgsql AS $$
-DECLARE
-    m migrate._migration;
-BEGIN
-    SELECT * INTO m FROM migrate._migration x WHERE x.id = m_id;
-    PERFORM migrate._create_triggers(m, 'forward');
-    IF m.both_directions THEN
-        PERFORM migrate._create_triggers(m, 'reverse');
-    END IF;
-    PERFORM migrate._note_fingerprints(m);
-    PERFORM migrate._invalidate(c.oid) FROM pg_class c JOIN migrate._mapping p ON p.origin = c.oid JOIN migrate._flow f ON f.id = p.flow WHERE f.migration = m_id;  -- who has told of a gap tells of the next
-    RETURN 'armed';
 END $$;
 
 -- The throttle in force, for people.
