@@ -2,7 +2,7 @@
 
 SOURCE_PACKAGE=postgresql-15 SOURCE_SUITE=bookworm
 # Under a checker tests run ten times slower (sanitizers) to a hundred times (valgrind); these reach every layer of src/.
-SANITIZED_TESTS=(define dual_write rivals direct bulk_copy place state state_types digest validate cutover swap worker)
+SANITIZED_TESTS=(define dual_write rivals direct bulk_copy place state state_links state_types digest validate cutover swap worker)
 VALGRIND_TESTS=(define dual_write direct bulk_copy worker)
 
 # Where this system's own packages come from.
