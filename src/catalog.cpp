@@ -55,21 +55,28 @@ AttrNumber *attnums(const Row &row, const char *name, int *n) {
     return result;
 }
 
+// For each key column of dest its constant, or NULL.
+const char **key_constants(const Row &row, int *n) {
+    Datum *texts;
+    bool *isnull;
+    deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &texts, &isnull, n);
+    const char **constants = (const char **)palloc(sizeof(char *) * (*n + 1));
+    for (int i = 0; i < *n; i++) constants[i] = isnull[i] ? NULL : TextDatumGetCString(texts[i]);
+    return constants;
+}
+
 void read_key(const Row &row, Mapping *m) {
     int n;
     const AttrNumber *dest = attnums(row, "key_dest", &m->nkey);
     const AttrNumber *origin = attnums(row, "key_origin", &n);
     const AttrNumber *view = attnums(row, "key_view", &n);
-    Datum *constants;
-    bool *constant_null;
-    deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
-                      &constant_null, &n);
+    const char **constants = key_constants(row, &n);
     m->key = (KeyColumn *)palloc0(sizeof(KeyColumn) * m->nkey);
     m->params = (int *)palloc(sizeof(int) * m->nkey);
     for (int i = 0; i < m->nkey; i++) {
         KeyColumn &key = m->key[i];
         key.dest = dest[i], key.origin = origin[i], key.view = view[i];
-        key.constant = constant_null[i] ? NULL : TextDatumGetCString(constants[i]);
+        key.constant = constants[i];
         key.dest_type = get_atttype(m->dest, key.dest);
         if (key.origin != 0) {
             key.origin_type = get_atttype(m->origin, key.origin);
@@ -176,13 +183,10 @@ void read_way_forth(Mapping *m) {
             m->carried = row.oid("view");
         else if (row.flag("filtered"))
             m->carry_delete = false;
-        Datum *constants;
-        bool *constant_null;
-        deconstruct_array(DatumGetArrayTypeP(row.get("key_const")), TEXTOID, -1, false, TYPALIGN_INT, &constants,
-                          &constant_null, &n);
+        const char **constants = key_constants(row, &n);
         m->fixed = (FixedColumn *)palloc(sizeof(FixedColumn) * n);
         for (int i = 0; i < n; i++)
-            if (!constant_null[i]) m->fixed[m->nfixed++] = {to[i], TextDatumGetCString(constants[i]), 0};
+            if (constants[i]) m->fixed[m->nfixed++] = {to[i], constants[i], 0};
     });
 }
 
